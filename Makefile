@@ -1,0 +1,40 @@
+# `make demo` and `make test` do everything on a fresh machine with Python 3.11 or newer.
+PYTHON ?= python3
+PIP := .venv/bin/python -m pip --disable-pip-version-check
+STAMP := .venv/.installed
+
+.PHONY: demo test check format bench clean
+
+demo: $(STAMP)-run            ## set up, then run the main job on the packaged model and data
+	.venv/bin/bitatlas demo
+
+test: $(STAMP)-dev            ## set up, then run every test
+	.venv/bin/python -m pytest
+
+check: $(STAMP)-dev           ## what a person runs before a commit: format, lint, types, fast tests
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	.venv/bin/mypy
+	.venv/bin/python -m pytest -m "not slow"
+
+format: $(STAMP)-dev
+	.venv/bin/ruff format .
+	.venv/bin/ruff check --fix .
+
+bench: $(STAMP)-dev           ## ratios against real peers, each in its own environment; results in outputs/benchmarks
+	.venv/bin/python -m tests.benchmarks
+
+clean:
+	rm -rf .venv .venv-bench build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+$(STAMP)-run: pyproject.toml constraints.txt requirements-embedded.txt | .venv/bin/python
+	$(PIP) install --quiet --constraint constraints.txt --editable .
+	$(PIP) install --quiet --no-deps --requirement requirements-embedded.txt
+	touch $@
+
+$(STAMP)-dev: $(STAMP)-run
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@

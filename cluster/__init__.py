@@ -1,0 +1,1 @@
+"""Workers and the devices they own. Knows nothing of quantization; `ray` is imported in this package alone."""

@@ -1,0 +1,109 @@
+"""Kinds of device: what a worker asks Ray for, and how it makes sure that it got it."""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import dataclass
+
+from cluster.errors import ClusterError
+
+NPU_IDS = "ASCEND_RT_VISIBLE_DEVICES"
+CUDA_IDS = "CUDA_VISIBLE_DEVICES"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceKind:
+    """One kind of worker.
+
+    Args:
+        name: as in the sweep file.
+        resource: the Ray resource that counts these devices.
+        simulated: goes through the NPU placement but computes on the CPU, for development.
+    """
+
+    name: str
+    resource: str
+    simulated: bool = False
+
+
+KINDS = {
+    "npu": DeviceKind(name="npu", resource="NPU"),
+    "cuda": DeviceKind(name="cuda", resource="GPU"),
+    "cpu": DeviceKind(name="cpu", resource="CPU"),
+    "simulated-npu": DeviceKind(name="simulated-npu", resource="NPU", simulated=True),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """A device that a worker made sure of.
+
+    Args:
+        torch_device: what to hand to torch: "cpu", "cuda:0", "npu:0".
+        name: for tables: "Ascend910B1", "NVIDIA H100", the processor's name.
+        ids: the node's ids of the device; empty on CPU.
+    """
+
+    torch_device: str
+    name: str
+    ids: tuple[str, ...] = ()
+
+
+def claim(kind: DeviceKind) -> Claim:
+    """Assert, inside a worker, that the device it was promised is there. Never falls back to another.
+
+    Raises:
+        ClusterError: no device, or not exactly one.
+    """
+    if kind.resource == "NPU":
+        ids = _single_id(NPU_IDS, kind)
+        if kind.simulated:
+            return Claim(torch_device="cpu", name=f"simulated NPU on {_processor()}", ids=ids)
+        return _claim_npu(ids)
+    if kind.resource == "GPU":
+        ids = _single_id(CUDA_IDS, kind)
+        import torch
+
+        if not torch.cuda.is_available() or torch.cuda.device_count() != 1:
+            raise ClusterError(f"Ray promised GPU {ids[0]}, but torch sees {torch.cuda.device_count()} CUDA devices")
+        return Claim(torch_device="cuda:0", name=torch.cuda.get_device_name(0), ids=ids)
+    return Claim(torch_device="cpu", name=_processor())
+
+
+def _claim_npu(ids: tuple[str, ...]) -> Claim:
+    # Not run on hardware. CANN drops ids that are no valid index without a word, hence the count.
+    import torch
+
+    try:
+        import torch_npu  # noqa: F401
+    except (ImportError, RuntimeError) as error:
+        raise ClusterError(
+            f"this worker was promised NPU {ids[0]}, but torch_npu does not load ({error}); install torch-npu and CANN "
+            "of matching versions and source CANN's set_env.sh before `ray start`"
+        ) from error
+    npu = torch.get_device_module("npu")
+    if not npu.is_available() or npu.device_count() != 1:
+        raise ClusterError(f"Ray promised NPU {ids[0]}, but torch_npu sees {npu.device_count()} devices")
+    return Claim(torch_device="npu:0", name=str(npu.get_device_name(0)), ids=ids)
+
+
+def _single_id(variable: str, kind: DeviceKind) -> tuple[str, ...]:
+    ids = tuple(part for part in os.environ.get(variable, "").split(",") if part)
+    if len(ids) != 1:
+        raise ClusterError(
+            f"a {kind.name} worker needs exactly one id in {variable}, found {','.join(ids) or 'none'}; unset "
+            f"RAY_EXPERIMENTAL_NOSET_{variable} if it is set"
+        )
+    return ids
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            for line in lines:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

@@ -1,0 +1,140 @@
+"""Starting a local Ray, or joining a running one."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from cluster.devices import KINDS, DeviceKind
+from cluster.errors import ClusterError
+
+_CONNECT_SECONDS = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Session:
+    """A connection to Ray.
+
+    Args:
+        kind: the device kind that workers get; `auto` has been settled.
+        count: how many workers.
+        dashboard: its address, or None.
+    """
+
+    kind: DeviceKind
+    count: int
+    threads: int
+    dashboard: str | None
+
+
+@contextmanager
+def ray_session(*, device: str, count: int | str, threads: int, address: str | None = None) -> Iterator[Session]:
+    """Connect, and disconnect on leaving. A local Ray listens on localhost only and ends with this process.
+
+    Args:
+        device: a key of `devices.KINDS`, or "auto": NPUs if the cluster has any, else GPUs, else CPU cores.
+        count: workers, or "auto": one per device.
+        threads: CPU cores (and torch threads) of each worker.
+        address: of a running cluster; None starts a local one.
+    Raises:
+        ClusterError: nobody answers at `address`, or the cluster lacks the devices.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    import ray
+
+    dashboard = _connect(device, count, threads, address)
+    try:
+        resources = ray.cluster_resources()
+        kind = _settle(device, resources)
+        yield Session(kind=kind, count=_count(kind, count, threads, resources), threads=threads, dashboard=dashboard)
+    finally:
+        ray.shutdown()
+
+
+def _connect(device: str, count: int | str, threads: int, address: str | None) -> str | None:
+    import ray
+
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
+    if address is not None:
+        _check_answers(address)
+        try:
+            context = ray.init(address=address, **quiet)
+        except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ClusterError(f"no Ray cluster answers at --address {address} ({reason})") from error
+        return _dashboard(context)
+    cores = os.cpu_count() or 1
+    wanted = int(count) * threads if isinstance(count, int) and not KINDS.get(device, KINDS["npu"]).simulated else 0
+    resources = {}
+    if device == "simulated-npu":
+        resources["NPU"] = count if isinstance(count, int) else cores
+    if device == "cpu" and wanted > cores:
+        raise ClusterError(
+            f"{count} CPU workers of {threads} threads need {wanted} cores and this machine has {cores}; "
+            "lower workers.count or workers.threads"
+        )
+    context = ray.init(
+        num_cpus=max(cores, int(resources.get("NPU", 0)) * threads),
+        resources=resources or None,
+        include_dashboard=True,
+        dashboard_host="127.0.0.1",
+        **quiet,
+    )
+    return _dashboard(context)
+
+
+def _check_answers(address: str) -> None:
+    """A plain TCP connect first: Ray itself would retry for half a minute and then end the process."""
+    import socket
+
+    if address in {"auto", "local"} or "://" in address:
+        return
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise ClusterError(f"--address {address} is not HOST:PORT, such as 10.0.0.1:6379")
+    try:
+        with socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS):
+            pass
+    except OSError as error:
+        raise ClusterError(
+            f"nobody answers at --address {address} ({error.strerror or error}); start one there with "
+            "`ray start --head`, or leave --address out to run on this machine"
+        ) from error
+
+
+def _dashboard(context: object) -> str | None:
+    url = getattr(context, "dashboard_url", None)
+    return f"http://{url}" if url else None
+
+
+def _settle(device: str, resources: dict[str, float]) -> DeviceKind:
+    if device == "auto":
+        return next(kind for kind in KINDS.values() if not kind.simulated and resources.get(kind.resource, 0) >= 1)
+    kind = KINDS[device]
+    if resources.get(kind.resource, 0) < 1:
+        have = ", ".join(
+            f"{int(resources[name])} {name}" for name in ("NPU", "GPU", "CPU") if resources.get(name, 0) >= 1
+        )
+        raise ClusterError(
+            f"workers.device = {device!r}, but this Ray cluster has no {kind.resource} (it has {have}); "
+            "use device: auto, or start Ray where the devices are"
+        )
+    return kind
+
+
+def _count(kind: DeviceKind, count: int | str, threads: int, resources: dict[str, float]) -> int:
+    per_worker = threads if kind.resource == "CPU" else 1
+    available = int(resources.get(kind.resource, 0)) // per_worker
+    if count == "auto":
+        if available < 1:
+            raise ClusterError(f"{threads} threads per worker do not fit the cluster's {int(resources['CPU'])} cores")
+        return available
+    if int(count) > available:
+        raise ClusterError(
+            f"workers.count = {count}, but this Ray cluster has room for {available} {kind.name} workers"
+        )
+    return int(count)

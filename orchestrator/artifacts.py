@@ -1,0 +1,167 @@
+"""Artifacts on disk: the packed weights of a cell, one safetensors file per decoder block, and a manifest.
+
+An artifact is written beside its place and renamed when it is whole, so a directory that has its name is complete.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.errors import BitatlasError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from quantizers.quantized_weight import QuantizedWeight
+    from quantizers.stream import QuantizedLinear
+
+_MANIFEST = "artifact.json"
+_FORMAT = "bitatlas-artifact/1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Artifact:
+    """A finished artifact.
+
+    Args:
+        manifest: the parsed `artifact.json`: `linears` (name -> shape, grid, file, errors), `files` (name -> sha256),
+            and whatever facts the writer was given.
+    """
+
+    directory: Path
+    manifest: dict[str, Any]
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of all packed tensors."""
+        return sum(linear["stored_bytes"] for linear in self.manifest["linears"].values())
+
+    @property
+    def num_weights(self) -> int:
+        """Weights that the artifact stands for."""
+        return sum(linear["out_features"] * linear["in_features"] for linear in self.manifest["linears"].values())
+
+    def weights(self) -> Iterator[tuple[str, QuantizedWeight]]:
+        """(name, weight) of every linear, one block in memory at a time.
+
+        Raises:
+            BitatlasError: a file is not what was written.
+        """
+        from safetensors.torch import load_file
+
+        from quantizers.grid import Grid
+        from quantizers.quantized_weight import QuantizedWeight
+
+        for file, digest in self.manifest["files"].items():
+            path = self.directory / file
+            if not path.exists() or _sha256(path) != digest:
+                raise BitatlasError(
+                    f"artifact {path} is missing or was changed after it was written; delete {self.directory} "
+                    "and run the same command again"
+                )
+            tensors = load_file(path)
+            for name, linear in self.manifest["linears"].items():
+                if linear["file"] != file:
+                    continue
+                packed = {part: tensors[f"{name}.{part}"] for part in linear["parts"]}
+                yield name, QuantizedWeight.unpack(packed, Grid(**linear["grid"]), linear["in_features"])
+
+
+class ArtifactWriter:
+    """Writes blocks as they come; nothing appears under the artifact's name until `finish`."""
+
+    def __init__(self, directory: Path) -> None:
+        """Make a scratch directory beside `directory`."""
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        self._directory = directory
+        self._scratch = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+        self._files: dict[str, str] = {}
+        self._linears: dict[str, Any] = {}
+
+    def add_block(self, linears: list[QuantizedLinear]) -> None:
+        """Write one decoder block."""
+        from safetensors.torch import save_file
+
+        file = f"block-{len(self._files):04d}.safetensors"
+        tensors: dict[str, Tensor] = {}
+        for linear in linears:
+            packed = linear.weight.pack()
+            tensors |= {f"{linear.name}.{part}": tensor.contiguous() for part, tensor in packed.items()}
+            out_features, in_features = linear.weight.codes_OI.shape
+            self._linears[linear.name] = {
+                "out_features": out_features,
+                "in_features": in_features,
+                "grid": dataclasses.asdict(linear.weight.grid),
+                "file": file,
+                "parts": list(packed),
+                "stored_bytes": linear.weight.stored_bytes,
+                "weight_error": linear.weight_error,
+                "output_error": linear.output_error,
+                "damping": linear.damping,
+                "seconds": linear.seconds,
+            }
+        save_file(tensors, self._scratch / file)
+        self._files[file] = _sha256(self._scratch / file)
+
+    def finish(self, **facts: Any) -> Artifact:
+        """Write the manifest and give the artifact its name.
+
+        Args:
+            facts: JSON values to keep in the manifest: cell, model, method, seconds.
+        """
+        manifest = {"format": _FORMAT, **facts, "files": self._files, "linears": self._linears}
+        with (self._scratch / _MANIFEST).open("w", encoding="utf-8") as stream:
+            json.dump(manifest, stream, indent=1)
+            stream.flush()
+            os.fsync(stream.fileno())
+        self._scratch.chmod(0o755)
+        try:
+            self._scratch.rename(self._directory)
+        except OSError:
+            existing = find_artifact(self._directory)  # another worker was first: the same key, the same content
+            if existing is None:
+                raise
+            self.discard()
+            return existing
+        return Artifact(directory=self._directory, manifest=manifest)
+
+    def discard(self) -> None:
+        """Remove what was written so far."""
+        shutil.rmtree(self._scratch, ignore_errors=True)
+
+
+def find_artifact(directory: Path) -> Artifact | None:
+    """The finished artifact of this name, or None.
+
+    Raises:
+        BitatlasError: the manifest is not readable.
+    """
+    try:
+        manifest = json.loads((directory / _MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise BitatlasError(
+            f"{directory / _MANIFEST} is not readable ({error}); delete {directory} and run again"
+        ) from error
+    return Artifact(directory=directory, manifest=manifest)
+
+
+def remove_unfinished(artifacts: Path) -> None:
+    """Remove scratch directories that a killed worker left behind."""
+    for scratch in artifacts.glob(".*"):
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

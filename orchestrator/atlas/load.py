@@ -1,0 +1,69 @@
+"""Reads a sweep's directory: the sweep file and the Parquet parts. The only reader of files in the atlas."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.atlas.assemble import assemble
+from orchestrator.errors import BitatlasError
+from orchestrator.schema import EVENTS, LAYERS, RESULTS, Table
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from orchestrator.atlas.rows import Atlas
+
+SWEEP_FILE = "sweep.yaml"
+
+
+def load(directory: Path) -> Atlas:
+    """Read a sweep that has ended, is running, or has only just begun.
+
+    Args:
+        directory: the sweep's output directory, the one that holds sweep.yaml.
+    Raises:
+        BitatlasError: the directory is no sweep, or one of its files cannot be read.
+    """
+    config = _read_sweep_file(directory)
+    results, layers, events = (_read_table(directory, table) for table in (RESULTS, LAYERS, EVENTS))
+    return assemble(config, results, layers, events, default_name=directory.resolve().name)
+
+
+def _read_sweep_file(directory: Path) -> dict[str, Any]:
+    import yaml
+
+    path = directory / SWEEP_FILE
+    if not path.is_file():
+        raise BitatlasError(
+            f"{directory} is not a sweep: it has no {SWEEP_FILE}; "
+            "give the directory that `bitatlas run` wrote, such as outputs/demo"
+        )
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise BitatlasError(f"{path} is not readable YAML ({reason}); restore it or run the sweep again") from None
+    if not isinstance(config, dict):
+        raise BitatlasError(f"{path} must hold a mapping such as `name: demo`; restore it or run the sweep again")
+    return config
+
+
+def _read_table(directory: Path, table: Table) -> list[dict[str, Any]]:
+    """Rows of all parts in the order of their names; a column that an older part lacks is null."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows: list[dict[str, Any]] = []
+    for part in sorted((directory / table.name).glob("*.parquet")):
+        if part.name.startswith((".", "_")):  # still being written
+            continue
+        try:
+            with pq.ParquetFile(part) as file:
+                known = [name for name in table.columns if name in file.schema_arrow.names]
+                rows.extend(file.read(columns=known).to_pylist())
+        except (pa.ArrowException, OSError) as error:
+            reason = " ".join(str(error).split())
+            raise BitatlasError(
+                f"{part} is not a readable Parquet file ({reason}); move it away and resume the sweep"
+            ) from None
+    return rows

@@ -1,0 +1,297 @@
+"""The sweep file: strict YAML in, a frozen `Sweep` out. Every complaint names the file and the field."""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import json
+from collections.abc import Hashable, Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+from evaluators.corpora import Corpus
+from evaluators.errors import EvaluationError
+from evaluators.harness import check_task
+from orchestrator.errors import BitatlasError
+from orchestrator.scheme import Scheme, parse_scheme
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80)]
+
+
+def _corpus(value: Any) -> Any:
+    try:
+        Corpus.parse(value)
+    except EvaluationError as error:
+        raise PydanticCustomError("told", "{message}", {"message": str(error)}) from error
+    return value
+
+
+def _task(value: Any) -> Any:
+    try:
+        check_task(value)
+    except EvaluationError as error:
+        raise PydanticCustomError("told", "{message}", {"message": str(error)}) from error
+    return value
+
+
+# A registered corpus, {path: ..., field: ...} or {token_ids: ...}.
+CorpusField = Annotated[str | dict[str, str], BeforeValidator(_corpus)]
+TaskName = Annotated[str, BeforeValidator(_task)]
+
+
+def nearest(word: str, known: Iterator[str] | list[str]) -> str:
+    """`; did you mean 'x'?` for the known word most like this one, or nothing."""
+    close = difflib.get_close_matches(str(word), list(known), 1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_keys(cls, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            for key in value:
+                if key not in cls.model_fields:
+                    raise PydanticCustomError(
+                        "unknown_key",
+                        "unknown key {key}{hint}; the keys here are {known}",
+                        {
+                            "key": repr(key),
+                            "hint": nearest(str(key), list(cls.model_fields)).rstrip("?"),
+                            "known": ", ".join(cls.model_fields),
+                        },
+                    )
+            return {key: tuple(item) if isinstance(item, list) else item for key, item in value.items()}
+        return value
+
+    @property
+    def key(self) -> str:
+        """Canonical JSON: equal sections have equal keys."""
+        return json.dumps(self.model_dump(mode="json"), sort_keys=True)
+
+
+class ModelConfig(_Strict):
+    """One model: a name for tables and a source for weights."""
+
+    name: Name
+    source: str = Field(min_length=1)
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+
+
+class CalibrationConfig(_Strict):
+    """Which tokens calibrate: `samples` windows of `sequence_length` tokens, drawn by `seed`."""
+
+    corpus: CorpusField
+    samples: int = Field(default=128, ge=1)
+    sequence_length: int = Field(default=2048, ge=2)
+    seed: int = Field(default=0, ge=0)
+
+
+class PerplexityConfig(_Strict):
+    """Perplexity on the first `max_windows` windows of a corpus (None: all)."""
+
+    corpus: CorpusField
+    sequence_length: int = Field(default=2048, ge=2)
+    max_windows: int | None = Field(default=None, ge=1)
+
+
+class TaskConfig(_Strict):
+    """An lm-eval task; `limit` items (None: all), `num_fewshot` shots (None: the task's own)."""
+
+    name: TaskName
+    limit: int | None = Field(default=None, ge=1)
+    num_fewshot: int | None = Field(default=None, ge=0)
+
+
+class EvaluationConfig(_Strict):
+    """What every cell is measured on."""
+
+    perplexity: tuple[PerplexityConfig, ...] = ()
+    tasks: tuple[TaskConfig, ...] = ()
+
+    @model_validator(mode="after")
+    def _something(self) -> EvaluationConfig:
+        if not self.perplexity and not self.tasks:
+            raise PydanticCustomError("empty", "names neither perplexity corpora nor tasks; give at least one")
+        return self
+
+
+class WorkersConfig(_Strict):
+    """Who works: one worker per device; on CPU one core and `threads` torch threads each."""
+
+    device: Literal["auto", "cpu", "cuda", "npu", "simulated-npu"] = "auto"
+    count: int | Literal["auto"] = "auto"
+    threads: int = Field(default=1, ge=1)
+
+    @field_validator("count")
+    @classmethod
+    def _positive(cls, count: int | str) -> int | str:
+        if isinstance(count, int) and count < 1:
+            raise PydanticCustomError("count", "must be at least 1, or auto")
+        return count
+
+
+def _as_tuple(value: Any) -> Any:
+    return value if isinstance(value, tuple) else (value,)
+
+
+class Sweep(_Strict):
+    """A whole sweep file, lists expanded: the unquantized cell of every model is always run beside `grid`."""
+
+    name: Name
+    models: tuple[ModelConfig, ...] = Field(min_length=1)
+    grid: tuple[Scheme, ...] = Field(min_length=1)
+    calibration: Annotated[tuple[CalibrationConfig, ...], BeforeValidator(_as_tuple)] = ()
+    evaluation: EvaluationConfig
+    workers: WorkersConfig = WorkersConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Sweep:
+        seen: set[str] = set()
+        for index, model in enumerate(self.models):
+            if model.name in seen:
+                raise PydanticCustomError(
+                    "duplicate", f"models[{index}].name = {model.name!r} is used twice; give each model its own name"
+                )
+            seen.add(model.name)
+        if not self.calibration:
+            for scheme in self.grid:
+                if scheme.needs_calibration:
+                    raise PydanticCustomError(
+                        "calibration",
+                        f"calibration is missing and {scheme.method} needs data; add a calibration section",
+                    )
+        return self
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is given twice, which plain YAML lets win silently."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, Hashable) and key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} is given twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep=deep)
+
+
+def read_sweep(path: Path) -> Sweep:
+    """Read and check a sweep file.
+
+    Raises:
+        BitatlasError: absent, not YAML, or not a valid sweep: one sentence with the file and the field.
+    """
+    return parse_sweep(_read_yaml(path), str(path))
+
+
+def _read_yaml(path: Path) -> Any:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise BitatlasError(f"{path} does not exist; give the path of a sweep file") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise BitatlasError(f"{path} cannot be read as text: {error}") from error
+    try:
+        return yaml.load(text, Loader=_Loader)  # a SafeLoader
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise BitatlasError(f"{path}: not valid YAML{place}: {getattr(error, 'problem', None) or error}") from error
+
+
+def parse_sweep(document: Any, file: str) -> Sweep:
+    """Check a sweep document.
+
+    Args:
+        document: what the YAML holds.
+        file: the name to put before every complaint.
+    Raises:
+        BitatlasError: names the field and the rule.
+    """
+    if document is None:
+        raise BitatlasError(f"{file} is empty; a sweep needs name, models, grid and evaluation")
+    if not isinstance(document, dict):
+        raise BitatlasError(
+            f"{file} holds a {type(document).__name__}, not a mapping of name, models, grid and evaluation"
+        )
+    document = dict(document)
+    if isinstance(document.get("grid"), list):
+        document["grid"] = [
+            scheme for index, entry in enumerate(document["grid"]) for scheme in expand(entry, index, file)
+        ]
+    try:
+        return Sweep.model_validate(document)
+    except ValidationError as error:
+        raise BitatlasError(f"{file}: {describe(error)}") from error
+
+
+def expand(entry: Any, index: int, file: str) -> list[Scheme]:
+    """One grid entry -> its schemes: the product of every field that is a list, options included, in written order.
+
+    Raises:
+        BitatlasError: not a mapping, an empty list, or a value that its method refuses.
+    """
+    where = f"{file}: grid[{index}]"
+    if not isinstance(entry, dict):
+        raise BitatlasError(f"{where} is {entry!r}; a grid entry is a mapping such as {{method: rtn, weight_bits: 4}}")
+    axes: list[tuple[tuple[str, ...], list[Any]]] = []
+    for key, value in entry.items():
+        if key == "options" and isinstance(value, dict):
+            axes += [(("options", name), _axis(option, f"{where}.options.{name}")) for name, option in value.items()]
+        else:
+            axes.append(((key,), _axis(value, f"{where}.{key}")))
+    schemes = []
+    for values in itertools.product(*(axis for _, axis in axes)):
+        fields: dict[str, Any] = {}
+        for (path, _), value in zip(axes, values, strict=True):
+            if len(path) == 1:
+                fields[path[0]] = value
+            else:
+                fields.setdefault("options", {})[path[1]] = value
+        schemes.append(parse_scheme(fields, where))
+    return schemes
+
+
+def _axis(value: Any, where: str) -> list[Any]:
+    if not isinstance(value, list):
+        return [value]
+    if not value:
+        raise BitatlasError(f"{where} is an empty list; give at least one value")
+    return value
+
+
+def describe(error: ValidationError) -> str:
+    """The first complaint of a validation as one line: field, value and rule."""
+    first = error.errors(include_url=False)[0]
+    path = ""
+    for part in first["loc"]:
+        if isinstance(part, int):
+            path += f"[{part}]"
+        elif part.isidentifier() and part not in {"int", "str", "tuple", "dict", "literal"}:
+            path += f".{part}" if path else part
+    message = first["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    message = message.replace("input should be", "must be").replace("a valid tuple", "a list").replace("tuple", "list")
+    if first["type"] == "missing":
+        return f"{path} is missing"
+    if first["type"] in {"unknown_key", "duplicate", "calibration", "empty", "told"}:
+        return f"{path}: {message}" if path else message
+    value = list(first["input"]) if isinstance(first["input"], tuple) else first["input"]
+    return f"{path} = {value!r}: {message}"
+
+
+def resolved(sweep: Sweep) -> str:
+    """The sweep as YAML with every default written out; reading it again gives the same plan."""
+    document = sweep.model_dump(mode="json")
+    document["grid"] = [scheme.as_entry() for scheme in sweep.grid]
+    return yaml.safe_dump(document, sort_keys=False, width=120)

@@ -1,0 +1,163 @@
+"""Everything a sweep needs besides its file: model directories, token windows, task identities. All reading of models
+and data on the driver's side happens here, before anything is written."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from evaluators.corpora import Corpus, calibration_windows, evaluation_windows
+from evaluators.errors import EvaluationError
+from evaluators.harness import task_identity
+from orchestrator.config import CalibrationConfig, PerplexityConfig, Sweep, TaskConfig
+from orchestrator.errors import BitatlasError
+from orchestrator.models.checkpoint import checkpoint_digest
+from orchestrator.models.loading import ModelShape, load_tokenizer, model_shape
+from orchestrator.models.source import node_cache, resolve_model
+from orchestrator.plan import Evaluation, Identities, content_hash
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Windows = NDArray[np.int64]
+
+# Raise when the same tokens or items would be scored otherwise; part of every evaluation's identity.
+_PERPLEXITY_VERSION = "perplexity/1"
+_TASK_VERSION = "task/1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelInput:
+    """A model found: where it is, which one it is, and its shape."""
+
+    source: str
+    dtype: str
+    directory: Path
+    digest: str
+    shape: ModelShape
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """What `prepare` found. Keys are (model name, the section's `key`)."""
+
+    models: dict[str, ModelInput]
+    calibrations: dict[tuple[str, str], Windows] = field(default_factory=dict)
+    windows: dict[tuple[str, str], Windows] = field(default_factory=dict)
+    identities: Identities
+
+
+def prepare(sweep: Sweep, file: str) -> Inputs:
+    """Resolve models, check that every scheme fits them, and tokenize every corpus.
+
+    Args:
+        file: the sweep file's name, for errors.
+    Raises:
+        BitatlasError: anything that would make a job fail for want of input: one sentence with the field.
+    """
+    models: dict[str, ModelInput] = {}
+    calibrations: dict[tuple[str, str], Windows] = {}
+    windows: dict[tuple[str, str], Windows] = {}
+    tokens: dict[tuple[str, str], str] = {}
+    evaluations: dict[tuple[str, str], str] = {}
+    for index, model in enumerate(sweep.models):
+        where = f"{file}: models[{index}].source"
+        found = _find(model.source, model.dtype, where)
+        models[model.name] = found
+        _check_schemes(sweep, found, model.name, file)
+        tokenizer = load_tokenizer(found.directory, where)
+        needed = sweep.calibration if any(scheme.needs_calibration for scheme in sweep.grid) else ()
+        for number, calibration in enumerate(needed):
+            place = f"{file}: calibration[{number}]" if len(sweep.calibration) > 1 else f"{file}: calibration"
+            _check_length(calibration.sequence_length, found, place)
+            ids = _calibration_tokens(calibration, tokenizer, place)
+            calibrations[model.name, calibration.key] = ids
+            tokens[model.name, calibration.key] = _digest(ids)
+        for number, corpus in enumerate(sweep.evaluation.perplexity):
+            place = f"{file}: evaluation.perplexity[{number}]"
+            _check_length(corpus.sequence_length, found, place)
+            ids = _evaluation_tokens(corpus, tokenizer, place)
+            windows[model.name, corpus.key] = ids
+            evaluations[model.name, corpus.key] = content_hash([_PERPLEXITY_VERSION, _digest(ids)])
+        for number, task in enumerate(sweep.evaluation.tasks):
+            evaluations[model.name, task.key] = _task_hash(task, f"{file}: evaluation.tasks[{number}]")
+    identities = Identities(
+        models={name: found.digest for name, found in models.items()}, calibrations=tokens, evaluations=evaluations
+    )
+    return Inputs(models=models, calibrations=calibrations, windows=windows, identities=identities)
+
+
+def _find(source: str, dtype: str, where: str) -> ModelInput:
+    from quantizers.errors import QuantizationError
+
+    directory = resolve_model(source, where)
+    try:
+        shape = model_shape(directory, dtype, where)
+    except QuantizationError as error:
+        raise BitatlasError(f"{where} = {source!r}: {error}") from error
+    digest = checkpoint_digest(directory, node_cache())
+    return ModelInput(source=source, dtype=dtype, directory=directory, digest=digest, shape=shape)
+
+
+def _check_schemes(sweep: Sweep, model: ModelInput, name: str, file: str) -> None:
+    from quantizers.errors import QuantizationError
+
+    for scheme in sweep.grid:
+        grid = scheme.grid()
+        for layer, (_, in_features) in model.shape.linears.items():
+            try:
+                grid.check_fits(in_features, f"{layer} of {name}")
+            except QuantizationError as error:
+                raise BitatlasError(f"{file}: grid entry {scheme.label}: {error}") from error
+
+
+def _check_length(sequence_length: int, model: ModelInput, where: str) -> None:
+    longest = model.shape.max_positions
+    if longest is not None and sequence_length > longest:
+        raise BitatlasError(
+            f"{where}.sequence_length = {sequence_length} is longer than the model's context of {longest} tokens"
+        )
+
+
+def _calibration_tokens(calibration: CalibrationConfig, tokenizer: Any, where: str) -> Windows:
+    try:
+        return calibration_windows(
+            Corpus.parse(calibration.corpus),
+            tokenizer,
+            samples=calibration.samples,
+            sequence_length=calibration.sequence_length,
+            seed=calibration.seed,
+        )
+    except EvaluationError as error:
+        raise BitatlasError(f"{where}: {error}") from error
+
+
+def _evaluation_tokens(perplexity: PerplexityConfig, tokenizer: Any, where: str) -> Windows:
+    try:
+        return evaluation_windows(
+            Corpus.parse(perplexity.corpus),
+            tokenizer,
+            sequence_length=perplexity.sequence_length,
+            max_windows=perplexity.max_windows,
+        )
+    except EvaluationError as error:
+        raise BitatlasError(f"{where}: {error}") from error
+
+
+def _task_hash(task: TaskConfig, where: str) -> str:
+    try:
+        return content_hash([_TASK_VERSION, task_identity(task.name), task.limit, task.num_fewshot])
+    except EvaluationError as error:
+        raise BitatlasError(f"{where}: {error}") from error
+
+
+def _digest(ids: Windows) -> str:
+    return hashlib.sha256(f"{ids.shape}".encode() + ids.tobytes()).hexdigest()
+
+
+def evaluation_windows_of(inputs: Inputs, model: str, evaluation: Evaluation) -> Windows | None:
+    """The token windows of a perplexity evaluation; None for a task, whose data the worker reads itself."""
+    return inputs.windows.get((model, evaluation.key))

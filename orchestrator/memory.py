@@ -1,0 +1,37 @@
+"""Peak memory of one job."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+
+class PeakMemory:
+    """Measures the most memory used between entering and leaving, in bytes: of the device where there is one, else
+    this process's resident set (Linux: the kernel's high-water mark, reset on entering)."""
+
+    def __init__(self, torch_device: str) -> None:
+        """Name the device."""
+        self._device = torch_device
+        self.peak_bytes = 0
+
+    def __enter__(self) -> PeakMemory:
+        """Reset the mark."""
+        if self._device == "cpu":
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+        else:
+            import torch
+
+            torch.get_device_module(self._device).reset_peak_memory_stats()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Read the mark."""
+        if self._device == "cpu":
+            status = Path("/proc/self/status").read_text(encoding="ascii")
+            found = re.search(r"VmHWM:\s+(\d+) kB", status)
+            self.peak_bytes = int(found.group(1)) * 1024 if found else 0
+        else:
+            import torch
+
+            self.peak_bytes = int(torch.get_device_module(self._device).max_memory_allocated())

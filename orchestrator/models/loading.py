@@ -1,0 +1,142 @@
+"""A checkpoint directory -> a model whose weights are memory-mapped, and its tokenizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.errors import BitatlasError
+from orchestrator.models.checkpoint import weight_files
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# Buffers that old checkpoints carry and today's classes compute themselves.
+_STALE = ("rotary_emb.inv_freq",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """What planning needs to know of a model, without its weights.
+
+    Args:
+        linears: name -> (out_features, in_features) of every linear that quantization touches.
+        fp_bytes: bytes of the unquantized checkpoint's tensors, tied ones once.
+        bits_per_value: 16 or 32, by the checkpoint's dtype.
+        max_positions: the longest context; None where the configuration names none.
+    """
+
+    linears: dict[str, tuple[int, int]]
+    fp_bytes: int
+    bits_per_value: int
+    max_positions: int | None
+    vocabulary: int
+
+
+def empty_model(directory: Path, dtype: str, where: str) -> PreTrainedModel:
+    """The model's structure with no memory behind its weights (buffers are real).
+
+    Raises:
+        BitatlasError: transformers does not know the architecture, or knows it only through remote code.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=_dtype(config, dtype), attn_implementation="sdpa", trust_remote_code=False
+            )
+    except (ValueError, KeyError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise BitatlasError(f"{where} = '{directory}': this architecture cannot be built ({reason})") from error
+    model.tie_weights()
+    return model.eval()
+
+
+def _dtype(config: Any, dtype: str) -> torch.dtype:
+    import torch
+
+    if dtype != "auto":
+        return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[dtype]
+    own = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)
+    if isinstance(own, str):
+        own = getattr(torch, own)
+    return own or torch.float32
+
+
+def model_shape(directory: Path, dtype: str, where: str) -> ModelShape:
+    """The shape of a checkpoint's model.
+
+    Raises:
+        BitatlasError: the architecture is unknown to transformers.
+        QuantizationError: it has no row in `quantizers/families.py`.
+    """
+    from quantizers.stream import linears_of
+
+    model = empty_model(directory, dtype, where)
+    parameters = {id(parameter): parameter for parameter in model.parameters()}  # tied ones once
+    return ModelShape(
+        linears=linears_of(model),
+        fp_bytes=sum(parameter.numel() * parameter.element_size() for parameter in parameters.values()),
+        bits_per_value=8 * model.dtype.itemsize,
+        max_positions=getattr(model.config, "max_position_embeddings", None),
+        vocabulary=model.config.vocab_size,
+    )
+
+
+def load_model(directory: Path, dtype: str = "auto", where: str = "model") -> PreTrainedModel:
+    """The model in evaluation mode on the CPU, its weights memory-mapped: pages are shared between processes, and
+    an in-place write stays private to this one.
+
+    Raises:
+        BitatlasError: a tensor is missing, has another shape, or is unknown to the architecture.
+    """
+    from safetensors.torch import load_file
+
+    model = empty_model(directory, dtype, where)
+    state: dict[str, torch.Tensor] = {}
+    for file in weight_files(directory):
+        state.update(load_file(file))
+    state = {name: tensor.to(model.dtype) for name, tensor in state.items() if not name.endswith(_STALE)}
+    tied = _tied_names(model)
+    try:
+        outcome = model.load_state_dict(state, strict=False, assign=True)
+    except RuntimeError as error:
+        raise BitatlasError(f"{where} = '{directory}': {str(error).strip().splitlines()[-1].strip()}") from error
+    missing = sorted(set(outcome.missing_keys) - tied)
+    if missing or outcome.unexpected_keys:
+        what = f"lacks {missing[0]}" if missing else f"has the unknown tensor {outcome.unexpected_keys[0]}"
+        others = len(missing or outcome.unexpected_keys) - 1
+        raise BitatlasError(
+            f"{where} = '{directory}': the checkpoint {what}" + (f" and {others} more" if others else "")
+        )
+    model.tie_weights()
+    model.requires_grad_(requires_grad=False)
+    return model
+
+
+def _tied_names(model: PreTrainedModel) -> set[str]:
+    """Names that the checkpoint may leave out because they are other tensors' twins."""
+    if not getattr(model.config, "tie_word_embeddings", False):
+        return set()
+    head = model.get_output_embeddings()
+    return {f"{name}.weight" for name, module in model.named_modules() if module is head}
+
+
+def load_tokenizer(directory: Path, where: str = "model") -> PreTrainedTokenizerBase:
+    """The checkpoint's tokenizer; never through remote code.
+
+    Raises:
+        BitatlasError: none is there, or it cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    except (ValueError, OSError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise BitatlasError(f"{where} = '{directory}': no usable tokenizer ({reason})") from error

@@ -1,0 +1,161 @@
+"""Sweep + identities -> cells and jobs in order. Pure: no Ray, no files, no model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from evaluators.corpora import Corpus
+from orchestrator.config import CalibrationConfig, PerplexityConfig, Sweep, TaskConfig
+from orchestrator.scheme import FP, UNQUANTIZED_BITS, Scheme
+
+Evaluation = PerplexityConfig | TaskConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Identities:
+    """Content hashes of everything a job's outcome depends on, besides its scheme.
+
+    Args:
+        models: model name -> hash of its weights, configuration and tokenizer.
+        calibrations: (model name, the calibration's `key`) -> hash of the calibration tokens.
+        evaluations: (model name, the evaluation's `key`) -> hash of the tokens, or of the task with its data.
+    """
+
+    models: Mapping[str, str]
+    calibrations: Mapping[tuple[str, str], str]
+    evaluations: Mapping[tuple[str, str], str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One model x scheme x calibration.
+
+    Args:
+        id: readable and unique: `smollm2-135m.gptq-w4-g64.1a2b3c4d`.
+        scheme: None for the unquantized model.
+        calibration: None where the method looks at no data.
+        key: content hash that names its artifact.
+    """
+
+    id: str
+    model: str
+    scheme: Scheme | None
+    calibration: CalibrationConfig | None
+    key: str
+
+    @property
+    def method(self) -> str:
+        """The method's name; `fp` for the unquantized model."""
+        return self.scheme.method if self.scheme else FP
+
+    @property
+    def weight_bits(self) -> int:
+        """Bits per weight code; 16 for the unquantized model."""
+        return self.scheme.weight_bits if self.scheme else UNQUANTIZED_BITS
+
+    @property
+    def label(self) -> str:
+        """`smollm2-135m gptq-w4-g64`."""
+        return f"{self.model} {self.scheme.label if self.scheme else FP}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A unit of work for one worker.
+
+    Args:
+        id: content hash: the same id means the same outcome.
+        evaluation: what to measure; None for quantizing.
+        needs: id of the job that must be finished first.
+    """
+
+    id: str
+    kind: Literal["quantize", "evaluate"]
+    cell: Cell
+    evaluation: Evaluation | None = None
+    needs: str | None = None
+
+    @property
+    def task(self) -> str:
+        """`quantize`, a corpus, or a task's name."""
+        return "quantize" if self.evaluation is None else task_name(self.evaluation)
+
+    @property
+    def label(self) -> str:
+        """`smollm2-135m gptq-w4-g64: arc_easy`."""
+        return f"{self.cell.label}: {self.task}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Cells in the order of the sweep file and jobs in the order in which to start them."""
+
+    cells: tuple[Cell, ...]
+    jobs: tuple[Job, ...]
+
+
+def task_name(evaluation: Evaluation) -> str:
+    """How tables call it: the corpus's label or the task's name."""
+    if isinstance(evaluation, TaskConfig):
+        return evaluation.name
+    return Corpus.parse(evaluation.corpus).label
+
+
+def content_hash(value: Any) -> str:
+    """sha256 of a JSON value with sorted keys, as hex."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def make_plan(sweep: Sweep, identities: Identities) -> Plan:
+    """Expand a sweep. Equal cells (the same grid point named twice) become one.
+
+    Order: every model's unquantized cell first (each comparison needs it), then quantizing jobs with those that
+    need calibration before the quick ones, then evaluations cell by cell.
+    """
+    cells: dict[str, Cell] = {}
+    for model in sweep.models:
+        weights = identities.models[model.name]
+        key = content_hash(["fp", weights, model.dtype])
+        cells[key] = Cell(id=f"{model.name}.{FP}", model=model.name, scheme=None, calibration=None, key=key)
+        for scheme in sweep.grid:
+            calibrations = sweep.calibration if scheme.needs_calibration else (None,)
+            for calibration in calibrations:
+                cell = _cell(model.name, weights, model.dtype, scheme, calibration, identities)
+                cells.setdefault(cell.key, cell)
+
+    quantize = {
+        cell.key: Job(id=content_hash(["quantize", cell.key])[:16], kind="quantize", cell=cell)
+        for cell in cells.values()
+        if cell.scheme
+    }
+    evaluations: list[Evaluation] = [*sweep.evaluation.perplexity, *sweep.evaluation.tasks]
+    evaluate = [
+        Job(
+            id=content_hash(["evaluate", cell.key, identities.evaluations[cell.model, evaluation.key]])[:16],
+            kind="evaluate",
+            cell=cell,
+            evaluation=evaluation,
+            needs=quantize[cell.key].id if cell.scheme else None,
+        )
+        for cell in cells.values()
+        for evaluation in evaluations
+    ]
+    jobs = [
+        *(job for job in evaluate if job.needs is None),
+        *sorted(quantize.values(), key=lambda job: job.cell.calibration is None),
+        *(job for job in evaluate if job.needs is not None),
+    ]
+    return Plan(cells=tuple(cells.values()), jobs=tuple({job.id: job for job in jobs}.values()))
+
+
+def _cell(
+    model: str, weights: str, dtype: str, scheme: Scheme, calibration: CalibrationConfig | None, identities: Identities
+) -> Cell:
+    tokens = identities.calibrations[model, calibration.key] if calibration else None
+    method = scheme.build()
+    key = content_hash([weights, dtype, scheme.as_entry(), method.code_version, tokens])
+    return Cell(id=f"{model}.{scheme.label}.{key[:8]}", model=model, scheme=scheme, calibration=calibration, key=key)

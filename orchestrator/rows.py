@@ -1,0 +1,117 @@
+"""Outcomes -> rows. Pure."""
+
+from __future__ import annotations
+
+import json
+import math
+from datetime import datetime
+from typing import Any
+
+from cluster.failures import Failure
+from cluster.pool import WorkerInfo
+from orchestrator import __version__
+from orchestrator.inputs import ModelInput
+from orchestrator.plan import Cell, Job
+from orchestrator.scheme import UNQUANTIZED_BITS
+from orchestrator.worker import seed_of
+
+SIMULATED = "simulated"
+
+
+def cell_columns(sweep: str, job: Job) -> dict[str, Any]:
+    """The columns that say which cell a row belongs to."""
+    cell, scheme = job.cell, job.cell.scheme
+    return {
+        "sweep": sweep,
+        "cell_id": cell.id,
+        "job_id": job.id,
+        "model": cell.model,
+        "method": cell.method,
+        "weight_bits": cell.weight_bits,
+        "activation_bits": scheme.activation_bits if scheme else UNQUANTIZED_BITS,
+        "group_size": scheme.group_size if scheme else 0,
+        "symmetric": scheme.symmetric if scheme else None,
+        "options": scheme.options if scheme else "{}",
+        "calibration": cell.calibration.key if cell.calibration else None,
+    }
+
+
+def size_columns(cell: Cell, model: ModelInput, stored_bytes: int | None) -> dict[str, Any]:
+    """Decoder bits per weight and checkpoint bytes, with every stored byte counted.
+
+    Args:
+        stored_bytes: of the cell's artifact; None for the unquantized model.
+    """
+    weights = sum(rows * columns for rows, columns in model.shape.linears.values())
+    if cell.scheme is None:
+        return {
+            "decoder_bits_per_weight": float(model.shape.bits_per_value),
+            "checkpoint_bytes": model.shape.fp_bytes,
+        }
+    if stored_bytes is None:
+        return {}
+    untouched = model.shape.fp_bytes - weights * model.shape.bits_per_value // 8
+    return {"decoder_bits_per_weight": 8 * stored_bytes / weights, "checkpoint_bytes": untouched + stored_bytes}
+
+
+def outcome_rows(
+    sweep: str,
+    job: Job,
+    outcome: dict[str, Any],
+    *,
+    model: ModelInput,
+    worker: WorkerInfo,
+    started_at: datetime,
+    finished_at: datetime,
+) -> dict[str, list[dict[str, Any]]]:
+    """The rows that a finished job leaves in results, items and layers."""
+    cell = cell_columns(sweep, job)
+    common = (
+        cell
+        | _run_columns(job, worker, started_at, finished_at)
+        | {
+            "task": job.task,
+            "peak_memory_bytes": outcome["peak_memory_bytes"],
+            "quantize_seconds": outcome["quantize_seconds"],
+        }
+    )
+    common |= size_columns(job.cell, model, outcome["stored_bytes"])
+    rows: dict[str, list[dict[str, Any]]] = {"results": [], "items": [], "layers": []}
+    for metric in outcome.get("metrics", []):
+        finite = math.isfinite(metric["value"])
+        rows["results"].append(
+            common
+            | metric
+            | {
+                "protocol": json.dumps(outcome["protocol"], sort_keys=True),
+                "status": "ok" if finite else "non_finite",
+                "evaluate_seconds": outcome["seconds"],
+            }
+        )
+    rows["items"] = [cell | {"task": job.task} | item for item in outcome.get("items", [])]
+    rows["layers"] = [cell | layer for layer in outcome.get("layers", [])]
+    return rows
+
+
+def failure_row(
+    sweep: str, job: Job, failure: Failure, *, worker: WorkerInfo | None, started_at: datetime, finished_at: datetime
+) -> dict[str, Any]:
+    """The row in results that a failed job leaves."""
+    return (
+        cell_columns(sweep, job)
+        | _run_columns(job, worker, started_at, finished_at)
+        | {"task": job.task, "status": "failed", "error_kind": failure.kind, "error": failure.message}
+    )
+
+
+def _run_columns(job: Job, worker: WorkerInfo | None, started_at: datetime, finished_at: datetime) -> dict[str, Any]:
+    method = job.cell.scheme.build().code_version if job.cell.scheme else "fp"
+    return {
+        "worker": worker.name if worker else None,
+        "device": worker.device if worker else None,
+        "execution": SIMULATED,
+        "seed": seed_of(job.cell),
+        "code_version": f"bitatlas {__version__}, {method}",
+        "started_at": started_at,
+        "finished_at": finished_at,
+    }

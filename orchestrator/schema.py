@@ -1,0 +1,132 @@
+"""The Parquet tables, each declared once. Other tools rely on these names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+_TIMESTAMP = "timestamp[us, tz=UTC]"
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """One Parquet table: its folder under the sweep's output and its columns in order."""
+
+    name: str
+    columns: dict[str, str]
+
+    def arrow(self) -> pa.Schema:
+        """The pyarrow schema of this table."""
+        import pyarrow as pa
+
+        types = {
+            "string": pa.string(),
+            "int64": pa.int64(),
+            "float64": pa.float64(),
+            "bool": pa.bool_(),
+            "list<float64>": pa.list_(pa.float64()),
+            _TIMESTAMP: pa.timestamp("us", tz="UTC"),
+        }
+        return pa.schema([pa.field(name, types[kind]) for name, kind in self.columns.items()])
+
+
+# Columns that say which cell a row belongs to; every cell has the same values in every table.
+_CELL = {
+    "sweep": "string",
+    "cell_id": "string",
+    "job_id": "string",
+    "model": "string",
+    "method": "string",
+    "weight_bits": "int64",  # 16 for the unquantized model (method "fp")
+    "activation_bits": "int64",  # 16 where activations are left alone
+    "group_size": "int64",  # input columns that share a scale; 0 is one per output channel
+    "symmetric": "bool",
+    "options": "string",  # JSON of the method's options, keys sorted
+    "calibration": "string",  # JSON of the calibration recipe; null where the method needs no data
+}
+
+# One row per cell, task and metric. A failed job leaves one row whose task is the job's and whose value is null.
+RESULTS = Table(
+    "results",
+    _CELL
+    | {
+        "task": "string",  # a corpus for perplexity, an lm-eval task name otherwise; "quantize" for a failed one
+        "metric": "string",  # perplexity, acc, acc_norm, ...
+        "value": "float64",
+        "stderr": "float64",
+        "n": "int64",  # scored tokens (perplexity) or items (tasks)
+        "higher_is_better": "bool",
+        "protocol": "string",  # JSON: window length, shots, limit, task version, ...
+        "status": "string",  # ok | non_finite | failed
+        "error_kind": "string",
+        "error": "string",
+        "decoder_bits_per_weight": "float64",  # scales, zeros and permutations counted
+        "checkpoint_bytes": "int64",
+        "quantize_seconds": "float64",
+        "evaluate_seconds": "float64",
+        "peak_memory_bytes": "int64",
+        "worker": "string",
+        "device": "string",
+        "execution": "string",  # simulated | native
+        "seed": "int64",
+        "code_version": "string",
+        "started_at": _TIMESTAMP,
+        "finished_at": _TIMESTAMP,
+    },
+)
+
+# One row per scored item: a question of a task, or a window of a corpus.
+ITEMS = Table(
+    "items",
+    _CELL
+    | {
+        "task": "string",
+        "doc_id": "int64",
+        "log_likelihoods": "list<float64>",  # natural log, one per choice; one per window for perplexity
+        "target": "int64",  # index of the right choice
+        "metric": "string",
+        "value": "float64",  # 1.0 right, 0.0 wrong for accuracies; mean negative log-likelihood for windows
+    },
+)
+
+# One row per quantized linear.
+LAYERS = Table(
+    "layers",
+    _CELL
+    | {
+        "layer": "string",
+        "out_features": "int64",
+        "in_features": "int64",
+        "bits_per_weight": "float64",
+        "stored_bytes": "int64",
+        "weight_error": "float64",  # |W - Q|^2 / |W|^2
+        "output_error": "float64",  # tr((W-Q) H (W-Q)^T) / tr(W H W^T); null where no data was seen
+        "damping": "float64",  # the rung of the damping ladder that factorized; null for data-free methods
+        "seconds": "float64",
+    },
+)
+
+# What happened to each job: planned work is not here, only what was tried.
+EVENTS = Table(
+    "events",
+    {
+        "sweep": "string",
+        "session": "string",  # one start of the driver
+        "event": "string",  # session_started|started|finished|reused|failed|retried|worker_lost|session_ended
+        "job_id": "string",
+        "cell_id": "string",
+        "job": "string",  # readable name: "smollm2-135m rtn w4 g64: arc_easy"
+        "attempt": "int64",
+        "worker": "string",
+        "device": "string",
+        "status": "string",
+        "error_kind": "string",
+        "error": "string",
+        "seconds": "float64",
+        "at": _TIMESTAMP,
+    },
+)
+
+TABLES = {table.name: table for table in (RESULTS, ITEMS, LAYERS, EVENTS)}

@@ -1,0 +1,241 @@
+"""The driver: one loop that hands jobs to workers and commits what they return. The only writer of a sweep."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+import yaml
+
+from cluster.failures import Failure
+from cluster.pool import Completion, Pool
+from orchestrator.artifacts import remove_unfinished
+from orchestrator.config import Sweep, resolved
+from orchestrator.errors import BitatlasError
+from orchestrator.inputs import Inputs
+from orchestrator.layout import Layout
+from orchestrator.plan import Job, Plan
+from orchestrator.rows import failure_row, outcome_rows
+from orchestrator.schedule import Schedule
+from orchestrator.store import Store, job_states
+from orchestrator.view import View
+from orchestrator.worker import payload_of
+
+_POLL_SECONDS = 0.25
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """How a run ended.
+
+    Args:
+        reused: jobs that were finished before this run.
+        finished: jobs that this run finished.
+        failed: jobs that failed for good, with those that needed them.
+        left: jobs that were not tried, because the run was stopped.
+    """
+
+    reused: int
+    finished: int
+    failed: int
+    left: int
+    seconds: float
+    interrupted: bool = False
+    failures: tuple[str, ...] = field(default=())
+
+
+def claim_output(layout: Layout, sweep: Sweep) -> None:
+    """Raise if the output directory belongs to something else; touches nothing.
+
+    Raises:
+        BitatlasError: another sweep's output, or a directory that Bitatlas did not make.
+    """
+    if layout.sweep.exists():
+        try:
+            name = yaml.safe_load(layout.sweep.read_text(encoding="utf-8"))["name"]
+        except (OSError, yaml.YAMLError, TypeError, KeyError) as error:
+            raise BitatlasError(f"{layout.sweep} is not readable; choose another --out, or mend that file") from error
+        if name != sweep.name:
+            raise BitatlasError(f"{layout.root} holds the sweep {name!r}, not {sweep.name!r}; choose another --out")
+    elif layout.root.exists() and (not layout.root.is_dir() or any(layout.root.iterdir())):
+        raise BitatlasError(f"{layout.root} exists and is no sweep's output; choose another --out")
+
+
+def finished_jobs(layout: Layout, plan: Plan) -> set[str]:
+    """Ids of the plan's jobs that need not be done again: their rows are in the store, and a quantizing job's
+    artifact is still there for the evaluations that are missing."""
+    states = job_states(layout.root) if layout.sweep.exists() else {}
+    finished = {job.id for job in plan.jobs if states.get(job.id) == "finished"}
+    wanted = {job.needs for job in plan.jobs if job.id not in finished}
+    return {
+        job.id
+        for job in plan.jobs
+        if job.id in finished
+        and (job.kind != "quantize" or job.id not in wanted or layout.artifact(job.cell.key).exists())
+    }
+
+
+class Driver:
+    """Runs a plan on a pool until everything is finished, failed, or told to stop."""
+
+    def __init__(self, *, sweep: Sweep, plan: Plan, inputs: Inputs, layout: Layout, store: Store, pool: Pool) -> None:
+        """Gather what a run needs; nothing starts yet."""
+        self._sweep, self._plan, self._inputs, self._layout = sweep, plan, inputs, layout
+        self._store, self._pool = store, pool
+        self._started: dict[str, datetime] = {}
+        self._failures: list[str] = []
+        self._finished = 0
+        self.stop = threading.Event()
+
+    def run(self, view: View) -> Summary:
+        """Run to the end.
+
+        Raises:
+            BitatlasError: the disk is full or read-only; what was committed stays.
+        """
+        began = time.monotonic()
+        self._write_sweep()
+        remove_unfinished(self._layout.artifacts)
+        done = finished_jobs(self._layout, self._plan)
+        self._store.forget(job.id for job in self._plan.jobs if job.id not in done)
+        schedule = Schedule(self._plan.jobs, done)
+        self._store.commit({"events": [self._event("session_started")]})
+        view.begin(self._plan, schedule, self._pool.workers)
+        interrupted = False
+        try:
+            while not schedule.done:
+                if self.stop.is_set():
+                    interrupted = True
+                    break
+                self._hand_out(schedule)
+                self._collect(schedule)
+                view.update(schedule, self._pool.activity())
+        finally:
+            view.end(schedule)
+        left = schedule.unfinished
+        self._store.commit({"events": [self._event("session_ended", status="interrupted" if interrupted else "ended")]})
+        return Summary(
+            reused=len(done),
+            finished=self._finished,
+            failed=len(schedule.failed) + len(schedule.skipped),
+            left=left,
+            seconds=time.monotonic() - began,
+            interrupted=interrupted,
+            failures=tuple(self._failures),
+        )
+
+    def _write_sweep(self) -> None:
+        scratch = self._layout.sweep.with_name(".sweep.yaml.tmp")
+        try:
+            scratch.write_text(resolved(self._sweep), encoding="utf-8")
+            scratch.replace(self._layout.sweep)
+        except OSError as error:
+            raise BitatlasError(
+                f"cannot write {self._layout.sweep} ({error.strerror}); choose another --out"
+            ) from error
+
+    def _hand_out(self, schedule: Schedule) -> None:
+        events = []
+        for worker in sorted(set(self._pool.workers) - set(schedule.running)):
+            job = schedule.next_for(worker)
+            if job is None:
+                continue
+            self._started[job.id] = datetime.now(UTC)
+            self._pool.submit(worker, payload_of(job, self._inputs, self._layout))
+            events.append(self._job_event("started", job, worker, schedule.attempts[job.id]))
+        if events:
+            self._store.commit({"events": events})
+
+    def _collect(self, schedule: Schedule) -> None:
+        completions = self._pool.wait(_POLL_SECONDS)
+        if not completions:
+            return
+        rows: dict[str, list[dict[str, Any]]] = {"results": [], "items": [], "layers": [], "events": []}
+        stopping: Failure | None = None
+        for completion in completions:
+            if completion.failure is None:
+                self._finish(schedule, completion, rows)
+            else:
+                self._fail(schedule, completion, completion.failure, rows)
+                stopping = completion.failure if completion.failure.stops_sweep else stopping
+        self._store.commit(rows)
+        if stopping:
+            raise BitatlasError(
+                f"a worker could not write ({stopping.message}); what is done is kept and readable: "
+                "mend the disk and run the same command again"
+            )
+
+    def _finish(self, schedule: Schedule, completion: Completion, rows: dict[str, list[dict[str, Any]]]) -> None:
+        job = schedule.finish(completion.worker)
+        self._finished += 1
+        finished_at = datetime.now(UTC)
+        new = outcome_rows(
+            self._sweep.name,
+            job,
+            completion.result,
+            model=self._inputs.models[job.cell.model],
+            worker=self._pool.workers[completion.worker],
+            started_at=self._started[job.id],
+            finished_at=finished_at,
+        )
+        for table, added in new.items():
+            rows[table] += added
+        event = "reused" if completion.result["reused"] else "finished"
+        states = {row["status"] for row in new["results"]}
+        status = "non_finite" if "non_finite" in states else "ok"
+        rows["events"].append(
+            self._job_event(
+                event, job, completion.worker, schedule.attempts[job.id], status=status, seconds=completion.seconds
+            )
+        )
+
+    def _fail(
+        self, schedule: Schedule, completion: Completion, failure: Failure, rows: dict[str, list[dict[str, Any]]]
+    ) -> None:
+        job = schedule.running[completion.worker]
+        attempt = schedule.attempts[job.id]
+        retry = failure.retry(attempt)
+        schedule.fail(completion.worker, retry=retry)
+        told = {"error_kind": failure.kind, "error": failure.message, "seconds": completion.seconds}
+        if failure.kind == "worker_lost":
+            schedule.forget_worker(completion.worker)
+            rows["events"].append(self._job_event("worker_lost", job, completion.worker, attempt, **told))
+        if retry:
+            rows["events"].append(self._job_event("retried", job, completion.worker, attempt, **told))
+            return
+        self._failures.append(f"{job.label}: {failure.message}")
+        rows["events"].append(self._job_event("failed", job, completion.worker, attempt, status="failed", **told))
+        rows["results"].append(
+            failure_row(
+                self._sweep.name,
+                job,
+                failure,
+                worker=self._pool.workers.get(completion.worker),
+                started_at=self._started[job.id],
+                finished_at=datetime.now(UTC),
+            )
+        )
+
+    def _event(self, event: str, **more: Any) -> dict[str, Any]:
+        return {
+            "sweep": self._sweep.name,
+            "session": self._store.session,
+            "event": event,
+            "at": datetime.now(UTC),
+        } | more
+
+    def _job_event(self, event: str, job: Job, worker: str, attempt: int, **more: Any) -> dict[str, Any]:
+        info = self._pool.workers.get(worker)
+        return self._event(
+            event,
+            job_id=job.id,
+            cell_id=job.cell.id,
+            job=job.label,
+            attempt=attempt,
+            worker=worker,
+            device=info.device if info else None,
+            **more,
+        )

@@ -1,0 +1,252 @@
+"""What a worker does with a job. Lives in an actor; keeps the model and the last artifact in memory.
+
+A job's payload and outcome are plain data: `payload_of` builds the one, `Worker.run` returns the other.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cluster.devices import Claim
+from orchestrator.artifacts import Artifact, ArtifactWriter, find_artifact
+from orchestrator.inputs import Inputs, evaluation_windows_of
+from orchestrator.layout import Layout
+from orchestrator.memory import PeakMemory
+from orchestrator.plan import Cell, Job
+from orchestrator.scheme import Scheme
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+FACTORY = "orchestrator.worker:Worker"
+_LAYER_FIELDS = ("out_features", "in_features", "stored_bytes", "weight_error", "output_error", "damping", "seconds")
+
+
+def payload_of(job: Job, inputs: Inputs, layout: Layout) -> dict[str, Any]:
+    """A job with all it needs, as plain data."""
+    cell, model = job.cell, inputs.models[job.cell.model]
+    payload: dict[str, Any] = {
+        "kind": job.kind,
+        "label": job.label,
+        "model": {"source": model.source, "dtype": model.dtype, "digest": model.digest},
+        "scheme": cell.scheme,
+        "artifact": str(layout.artifact(cell.key).resolve()) if cell.scheme else None,
+        "cell": cell.id,
+    }
+    if job.kind == "quantize":
+        payload["windows"] = inputs.calibrations[cell.model, cell.calibration.key] if cell.calibration else None
+    else:
+        if job.evaluation is None:
+            raise AssertionError("an evaluate job has an evaluation")
+        payload["evaluation"] = job.evaluation.model_dump(mode="json")
+        payload["windows"] = evaluation_windows_of(inputs, cell.model, job.evaluation)
+        payload["seed"] = seed_of(cell)
+    return payload
+
+
+def seed_of(cell: Cell) -> int:
+    """The seed that few-shot sampling and calibration share."""
+    return cell.calibration.seed if cell.calibration else 0
+
+
+class Worker:
+    """Quantizes and evaluates on one device."""
+
+    def __init__(self, *, device: Claim, threads: int, report: Callable[[str], None]) -> None:
+        """Nothing heavy happens before the first job.
+
+        Args:
+            device: the device this worker owns.
+            threads: torch threads.
+            report: takes one line on what is being done.
+        """
+        self._device = device
+        self._threads = threads
+        self._report = report
+        self._model: PreTrainedModel | None = None
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._digest: str | None = None
+        self._applied: str | None = None
+        self._installed = ExitStack()  # put-back of the weights of the last artifact
+
+    def run(self, payload: Mapping[str, Any]) -> dict[str, Any]:
+        """Do one job.
+
+        Returns:
+            `seconds`, `peak_memory_bytes`, `reused`, `quantize_seconds`, `stored_bytes`, `layers` (quantize), and
+            `metrics`, `items`, `protocol` (evaluate).
+        """
+        import torch
+
+        torch.set_num_threads(self._threads)  # per thread: the actor may run each job on another one
+        with PeakMemory(self._device.torch_device) as memory:
+            started = time.perf_counter()
+            outcome = self._quantize(payload) if payload["kind"] == "quantize" else self._evaluate(payload)
+            outcome["seconds"] = time.perf_counter() - started
+        return outcome | {"peak_memory_bytes": memory.peak_bytes}
+
+    def _load(self, model: Mapping[str, str]) -> PreTrainedModel:
+        from orchestrator.models.loading import load_model, load_tokenizer
+        from orchestrator.models.source import resolve_model
+
+        if self._digest != model["digest"] or self._model is None:
+            self._report("loading the model")
+            self._remove_artifact()
+            self._model = None
+            directory = resolve_model(model["source"], f"model {model['source']}")
+            loaded = load_model(directory, model["dtype"])
+            self._model = loaded.to(self._device.torch_device)
+            self._tokenizer = load_tokenizer(directory)
+            self._digest = model["digest"]
+        return self._model
+
+    def _remove_artifact(self) -> None:
+        self._installed.close()
+        self._installed = ExitStack()
+        self._applied = None
+
+    def _quantize(self, payload: Mapping[str, Any]) -> dict[str, Any]:
+        directory = Path(payload["artifact"])
+        artifact = find_artifact(directory)
+        reused = artifact is not None
+        if artifact is None:
+            artifact = self._make_artifact(payload, directory)
+        layers = [
+            {"layer": name, "bits_per_weight": _bits_per_weight(linear)} | {key: linear[key] for key in _LAYER_FIELDS}
+            for name, linear in artifact.manifest["linears"].items()
+        ]
+        return {"layers": layers, "reused": reused, **_cost(artifact)}
+
+    def _make_artifact(self, payload: Mapping[str, Any], directory: Path) -> Artifact:
+        import torch
+
+        from quantizers.stream import quantize_blocks
+
+        scheme: Scheme = payload["scheme"]
+        model = self._load(payload["model"])
+        self._remove_artifact()  # quantization starts from the float weights
+        windows = payload["windows"]
+        tokens = None if windows is None else torch.tensor(windows, device=self._device.torch_device)
+        method = scheme.build()
+        started = time.perf_counter()
+        writer = ArtifactWriter(directory)
+        try:
+            for linears in quantize_blocks(model, method, tokens, progress=self._progress("quantizing block")):
+                writer.add_block(linears)
+            return writer.finish(
+                cell=payload["cell"],
+                model=payload["model"],
+                scheme=scheme.as_entry(),
+                code_version=method.code_version,
+                seconds=time.perf_counter() - started,
+            )
+        except BaseException:
+            writer.discard()
+            raise
+
+    def _evaluate(self, payload: Mapping[str, Any]) -> dict[str, Any]:
+        model = self._load(payload["model"])
+        cost: dict[str, Any] = {"quantize_seconds": None, "stored_bytes": None}
+        if payload["artifact"] is None:
+            self._remove_artifact()
+        else:
+            cost = self._install(model, Path(payload["artifact"]))
+        evaluation = payload["evaluation"]
+        measured = self._task(evaluation, payload) if "name" in evaluation else self._perplexity(evaluation, payload)
+        return {"reused": False, **cost, **measured}
+
+    def _install(self, model: PreTrainedModel, directory: Path) -> dict[str, Any]:
+        from quantizers.apply import decoded_weights
+
+        artifact = find_artifact(directory)
+        if artifact is None:
+            raise FileNotFoundError(f"artifact {directory} is gone")
+        if self._applied != str(directory):
+            self._report("decoding the artifact")
+            self._remove_artifact()
+            self._installed.enter_context(decoded_weights(model, artifact.weights()))
+            self._applied = str(directory)
+        return _cost(artifact)
+
+    def _perplexity(self, evaluation: Mapping[str, Any], payload: Mapping[str, Any]) -> dict[str, Any]:
+        from evaluators.perplexity import perplexity
+
+        result = perplexity(self._model, payload["windows"], progress=self._progress("perplexity: window"))
+        metric = {
+            "metric": "perplexity",
+            "value": result.perplexity,
+            "stderr": result.stderr,
+            "n": result.num_tokens,
+            "higher_is_better": False,
+        }
+        items = [
+            {"doc_id": index, "log_likelihoods": [-nll], "target": None, "metric": "nll", "value": nll}
+            for index, nll in enumerate(result.window_nlls)
+        ]
+        protocol = {
+            "sequence_length": evaluation["sequence_length"],
+            "windows": result.num_windows,
+            "tokens": result.num_tokens,
+        }
+        return {"metrics": [metric], "items": items, "protocol": protocol}
+
+    def _task(self, evaluation: Mapping[str, Any], payload: Mapping[str, Any]) -> dict[str, Any]:
+        import importlib.metadata
+
+        from evaluators.harness import evaluate_task
+
+        result = evaluate_task(
+            self._model,
+            self._tokenizer,
+            evaluation["name"],
+            limit=evaluation["limit"],
+            num_fewshot=evaluation["num_fewshot"],
+            seed=payload["seed"],
+            progress=self._progress(f"{evaluation['name']}: request"),
+        )
+        metrics = [
+            {
+                "metric": metric.name,
+                "value": metric.value,
+                "stderr": metric.stderr,
+                "n": metric.n,
+                "higher_is_better": metric.higher_is_better,
+            }
+            for metric in result.metrics
+        ]
+        items = [
+            {
+                "doc_id": item.doc_id,
+                "log_likelihoods": item.log_likelihoods,
+                "target": item.target,
+                "metric": name,
+                "value": value,
+            }
+            for item in result.items
+            for name, value in item.correct.items()
+        ]
+        protocol = {
+            "num_fewshot": result.num_fewshot,
+            "limit": evaluation["limit"],
+            "split": result.split,
+            "protocol_split": result.protocol_split,
+            "truncated": result.num_truncated,
+            "task_version": result.version,
+            "lm_eval": importlib.metadata.version("lm-eval"),
+        }
+        return {"metrics": metrics, "items": items, "protocol": protocol}
+
+    def _progress(self, what: str) -> Callable[[int, int], None]:
+        return lambda done, total: self._report(f"{what} {done}/{total}")
+
+
+def _cost(artifact: Artifact) -> dict[str, Any]:
+    return {"quantize_seconds": artifact.manifest["seconds"], "stored_bytes": artifact.stored_bytes}
+
+
+def _bits_per_weight(linear: Mapping[str, Any]) -> float:
+    return float(8 * linear["stored_bytes"] / (linear["out_features"] * linear["in_features"]))

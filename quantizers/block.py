@@ -1,0 +1,139 @@
+"""One decoder block in four stages, so that each activation is computed once while weights change in between.
+
+A plain forward cannot pause between a block's linears; hooks would need a whole forward per stage. Here the block's
+own modules run, with a stage's output linear swapped for the identity while its inputs are wanted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantizers.families import Family, blocks_of
+
+# Called with the names of a stage's linears and an iterator over their shared inputs, one batch of windows at a time.
+StageVisitor = Callable[[tuple[str, ...], Iterator[Tensor]], None]
+
+
+def run_block(
+    block: nn.Module,
+    family: Family,
+    hidden: list[Tensor],
+    arguments: Sequence[Mapping[str, Any]],
+    visit: StageVisitor | None = None,
+) -> None:
+    """Run one block over all batches, in place, visiting each stage's inputs before that stage's linears run.
+
+    The visitor may replace the weights of the stage it is given: what follows uses the new ones.
+
+    Args:
+        hidden: residual stream, one [windows, tokens, hidden] tensor per batch; replaced by the block's output.
+        arguments: the block's keyword arguments (mask, positions) per batch.
+        visit: None to run the block without looking.
+    """
+    attention_norm = block.get_submodule(family.attention_norm)
+    mlp_norm = block.get_submodule(family.mlp_norm)
+    after_attention = _optional(block, family.after_attention)
+    after_mlp = _optional(block, family.after_mlp)
+    attention, mlp = block.get_submodule(family.attention), block.get_submodule(family.mlp)
+    output, down = block.get_submodule(family.attention_output), block.get_submodule(family.mlp_output)
+    attention_inputs, attention_output, mlp_inputs, mlp_output = family.stages
+
+    if visit:
+        visit(attention_inputs, (attention_norm(batch) for batch in hidden))
+    with _identity(block, family.attention_output):
+        mixed = [
+            attention(hidden_states=attention_norm(batch), **extra)[0]
+            for batch, extra in zip(hidden, arguments, strict=True)
+        ]
+    if visit:
+        visit(attention_output, iter(mixed))
+    for index, batch in enumerate(mixed):
+        hidden[index] = hidden[index] + after_attention(output(batch))
+    del mixed
+
+    if visit:
+        visit(mlp_inputs, (mlp_norm(batch) for batch in hidden))
+        with _identity(block, family.mlp_output):
+            gated = [mlp(mlp_norm(batch)) for batch in hidden]
+        visit(mlp_output, iter(gated))
+        for index, batch in enumerate(gated):
+            hidden[index] = hidden[index] + after_mlp(down(batch))
+    else:
+        for index, batch in enumerate(hidden):
+            hidden[index] = batch + after_mlp(mlp(mlp_norm(batch)))
+
+
+def _optional(block: nn.Module, name: str | None) -> nn.Module:
+    return block.get_submodule(name) if name else nn.Identity()
+
+
+@contextmanager
+def _identity(block: nn.Module, name: str) -> Iterator[None]:
+    parent_name, _, child = name.rpartition(".")
+    parent = block.get_submodule(parent_name)
+    original = getattr(parent, child)
+    setattr(parent, child, nn.Identity())
+    try:
+        yield
+    finally:
+        setattr(parent, child, original)
+
+
+class _Recorder(nn.Module):
+    """Stands in for a block: notes what it is called with and hands the hidden states on."""
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__()
+        self._original = [original]  # in a list, so that it is no submodule
+        self.hidden: Tensor | None = None
+        self.arguments: dict[str, Any] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self._original[0], name)
+
+    def forward(self, hidden_states: Tensor, **arguments: Any) -> Tensor:
+        self.hidden, self.arguments = hidden_states, arguments
+        return hidden_states
+
+
+@torch.inference_mode()
+def record_inputs(
+    model: nn.Module, family: Family, token_batches: list[Tensor]
+) -> tuple[list[Tensor], list[list[dict[str, Any]]]]:
+    """What the first block receives, and every block's keyword arguments, without running any block.
+
+    Args:
+        token_batches: int64 [windows, tokens] per batch.
+    Returns:
+        hidden: the first block's input per batch.
+        arguments: [block][batch] keyword arguments.
+    """
+    blocks = blocks_of(model, family)
+    originals = list(blocks)
+    recorders = [_Recorder(block) for block in originals]
+    hidden: list[Tensor] = []
+    arguments: list[list[dict[str, Any]]] = [[] for _ in originals]
+    decoder = model.get_submodule(family.blocks.rpartition(".")[0])
+    try:
+        for index, recorder in enumerate(recorders):
+            blocks[index] = recorder
+        for tokens in token_batches:
+            decoder(input_ids=tokens, use_cache=False)
+            first = recorders[0].hidden
+            if first is None:
+                raise AssertionError("the decoder never called its first block")
+            hidden.append(first)
+            for index, recorder in enumerate(recorders):
+                arguments[index].append(recorder.arguments)
+    finally:
+        for index, block in enumerate(originals):
+            blocks[index] = block
+    return hidden, arguments

@@ -1,0 +1,173 @@
+"""GPTQ: round column by column, each time correcting the columns to come.
+
+Source: Frantar et al. 2023, arXiv:2210.17323, algorithm 1. Shape letters: O out_features, I in_features, G groups,
+B columns of a block. Columns are worked on as rows of the transposed weight, so that each is contiguous in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from quantizers.errors import QuantizationError
+from quantizers.grid import Grid, decode, encode, fit_grid, fit_group
+from quantizers.linalg import inverse_cholesky
+from quantizers.method import MethodOutcome
+from quantizers.quantized_weight import QuantizedWeight
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gptq:
+    """GPTQ's options.
+
+    Args:
+        grid: bits, groups and convention.
+        act_order: quantize columns in order of falling Hessian diagonal (the released code's --act-order).
+        static_groups: fit every group's grid to the original weights, so that act-order keeps consecutive
+            groups; otherwise a group's grid is fitted when its first column is reached, to the corrected weights.
+        true_sequential: within a block, later linears see the quantized earlier ones (--true-sequential).
+        damping: fraction of the mean Hessian diagonal added to the diagonal (--percdamp).
+        block_size: columns whose corrections are applied to the rest of the matrix at once; speed only.
+    """
+
+    grid: Grid
+    act_order: bool = True
+    static_groups: bool = True
+    true_sequential: bool = True
+    damping: float = 0.01
+    block_size: int = 128
+
+    name: ClassVar[str] = "gptq"
+    code_version: ClassVar[str] = "gptq/1"
+    needs_hessian: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        """Check the fields.
+
+        Raises:
+            QuantizationError: a value outside its rule.
+        """
+        if not 0 < self.damping <= 1:
+            raise QuantizationError(f"options.damping = {self.damping} must be above 0 and at most 1")
+        if self.block_size < 1:
+            raise QuantizationError(f"options.block_size = {self.block_size} must be at least 1")
+
+    def quantize(self, weights: Sequence[Tensor], hessian_II: Tensor | None) -> MethodOutcome:
+        """Quantize linears that share an input as one stacked matrix: rows do not interact in GPTQ.
+
+        Raises:
+            QuantizationError: the Hessian cannot be factorized, or a scale overflows.
+        """
+        if hessian_II is None:
+            raise AssertionError("GPTQ needs the Hessian of its inputs")
+        stacked, damping = gptq(torch.cat(list(weights)), hessian_II, self)
+        rows = [weight.shape[0] for weight in weights]
+        parts = [
+            QuantizedWeight(grid=self.grid, codes_OI=codes, scale_OG=scale, zero_OG=zero, column_group_I=group)
+            for codes, scale, zero, group in zip(
+                torch.split(stacked.codes_OI, rows),
+                torch.split(stacked.scale_OG, rows),
+                torch.split(stacked.zero_OG, rows) if stacked.zero_OG is not None else [None] * len(rows),
+                [stacked.column_group_I] * len(rows),
+                strict=True,
+            )
+        ]
+        return MethodOutcome(weights=parts, damping=damping)
+
+
+def gptq(weight_OI: Tensor, hessian_II: Tensor, options: Gptq) -> tuple[QuantizedWeight, float]:
+    """Quantize one matrix against the Hessian of its inputs.
+
+    Args:
+        weight_OI: finite float32 weights.
+        hessian_II: symmetric positive semi-definite float32; not modified.
+    Returns:
+        the quantized weight, and the damping that was used.
+    Raises:
+        QuantizationError: the Hessian cannot be factorized, or a scale overflows.
+    """
+    grid = options.grid
+    out_features, in_features = weight_OI.shape
+    diagonal = hessian_II.diagonal()
+    unseen = diagonal == 0  # inputs that were always zero: any weight will do, so take 0
+    weight_OI = weight_OI.masked_fill(unseen, 0.0)
+    if unseen.any():
+        hessian_II = hessian_II + torch.diag(unseen.to(hessian_II.dtype))
+
+    if options.act_order:
+        order = torch.argsort(diagonal, descending=True, stable=True)
+    else:
+        order = torch.arange(in_features, device=weight_OI.device)
+    inverse_UII, damping = inverse_cholesky(hessian_II[order][:, order], options.damping)
+
+    size = grid.group_columns(in_features)
+    static = options.static_groups or size >= in_features
+    # With static groups a column keeps the group of its original place; otherwise groups follow the order.
+    place = order if static else torch.arange(in_features, device=order.device)
+    column_group_I = torch.div(place, size, rounding_mode="floor").tolist()
+    if static:
+        scale_OG, zero_OG = fit_grid(weight_OI, grid)
+    else:
+        scale_OG = torch.empty((out_features, grid.num_groups(in_features)), device=weight_OI.device)
+        zero_OG = torch.empty_like(scale_OG)
+    scale_GO, zero_GO = scale_OG.T.contiguous(), zero_OG.T.contiguous()
+
+    work_IO = weight_OI.T[order].contiguous()
+    codes_IO = torch.empty_like(work_IO)
+    for start, stop in _blocks(in_features, options.block_size, None if static else size):
+        if not static and start % size == 0:
+            scale, zero = fit_group(work_IO[start : start + size].T, grid)
+            scale_GO[start // size], zero_GO[start // size] = scale, zero
+        error_BO = _quantize_block(
+            work_IO[start:stop],
+            codes_IO[start:stop],
+            inverse_UII[start:stop, start:stop],
+            scale_GO[column_group_I[start:stop]],
+            zero_GO[column_group_I[start:stop]],
+            grid,
+        )
+        work_IO[stop:].addmm_(inverse_UII[start:stop, stop:].T, error_BO, alpha=-1)
+
+    codes_OI = torch.empty((out_features, in_features), dtype=torch.uint8, device=weight_OI.device)
+    codes_OI[:, order] = codes_IO.T.to(torch.uint8)
+    shuffled = options.act_order and not static
+    group_of_column = torch.empty(in_features, dtype=torch.int32, device=order.device)
+    group_of_column[order] = torch.tensor(column_group_I, dtype=torch.int32, device=order.device)
+    return (
+        QuantizedWeight(
+            grid=grid,
+            codes_OI=codes_OI,
+            scale_OG=scale_GO.T.contiguous(),
+            zero_OG=None if grid.symmetric else zero_GO.T.contiguous(),
+            column_group_I=group_of_column if shuffled else None,
+        ),
+        damping,
+    )
+
+
+def _blocks(in_features: int, block_size: int, group_size: int | None) -> Iterator[tuple[int, int]]:
+    """Ranges of columns; with dynamic groups every group starts a range, so that its grid is fitted to
+    weights that all earlier columns have corrected (the released code fits to stale ones when g < block)."""
+    span = group_size or in_features
+    for group in range(0, in_features, span):
+        end = min(group + span, in_features)
+        for start in range(group, end, block_size):
+            yield start, min(start + block_size, end)
+
+
+def _quantize_block(
+    work_BO: Tensor, codes_BO: Tensor, inverse_BB: Tensor, scale_BO: Tensor, zero_BO: Tensor, grid: Grid
+) -> Tensor:
+    """Quantize a block's columns in turn, in place; return the scaled errors (algorithm 1, inner loop)."""
+    error_BO = torch.empty_like(work_BO)
+    for i in range(work_BO.shape[0]):
+        if i:  # the correction by all earlier columns of the block, as one matrix-vector product
+            work_BO[i].addmv_(error_BO[:i].T, inverse_BB[:i, i], alpha=-1)
+        codes = encode(work_BO[i], scale_BO[i], zero_BO[i], grid)
+        codes_BO[i] = codes
+        error_BO[i] = (work_BO[i] - decode(codes, scale_BO[i], zero_BO[i])) / inverse_BB[i, i]
+    return error_BO

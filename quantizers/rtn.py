@@ -1,0 +1,52 @@
+"""RTN: round each weight to the nearest value of its grid. The data-free baseline."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from quantizers.grid import Grid, encode, expand_groups, fit_grid
+from quantizers.method import MethodOutcome
+from quantizers.quantized_weight import QuantizedWeight
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rtn:
+    """Round-to-nearest. Options only: no tensors, devices, logs or IO."""
+
+    grid: Grid
+
+    name: ClassVar[str] = "rtn"
+    code_version: ClassVar[str] = "rtn/1"
+    needs_hessian: ClassVar[bool] = False
+    true_sequential: ClassVar[bool] = True
+
+    def quantize(self, weights: Sequence[Tensor], hessian_II: Tensor | None) -> MethodOutcome:
+        """Quantize linears that share an input; the Hessian is not looked at."""
+        del hessian_II
+        return MethodOutcome(weights=[round_to_nearest(weight, self.grid) for weight in weights], damping=None)
+
+
+def round_to_nearest(weight_OI: Tensor, grid: Grid) -> QuantizedWeight:
+    """Fit min-max grids and round.
+
+    Args:
+        weight_OI: finite float32 weights.
+    Raises:
+        QuantizationError: a scale overflows `grid.scale_dtype`.
+    """
+    scale_OG, zero_OG = fit_grid(weight_OI, grid)
+    in_features = weight_OI.shape[1]
+    codes = encode(
+        weight_OI, expand_groups(scale_OG, in_features, grid), expand_groups(zero_OG, in_features, grid), grid
+    )
+    return QuantizedWeight(
+        grid=grid,
+        codes_OI=codes.to(torch.uint8),
+        scale_OG=scale_OG,
+        zero_OG=None if grid.symmetric else zero_OG,
+    )

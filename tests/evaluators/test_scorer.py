@@ -1,0 +1,131 @@
+"""The scorer against lm-eval's own HFLM, on requests made to be awkward."""
+
+import copy
+
+import pytest
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+
+from evaluators import scorer as scorer_module
+from evaluators.errors import EvaluationError
+from evaluators.scorer import Scorer
+
+PAIRS = [
+    ("The sun rises in the", " east"),
+    ("The sun rises in the", " west"),
+    ("The sun rises in the", " far east of the land"),
+    ("A trailing space ", "stays with the answer"),
+    ("Two of them  \n", "x"),
+    ("", "nothing before it"),
+    ("<|im_start|>user", " has written BOS itself"),
+    ("The sun rises in the", " east"),
+    ("caf\u00e9 na\u00efve \u4f60", "\u597d"),
+    ("Question: why?\nAnswer:", " because" * 20),
+]
+
+
+def requests(pairs):
+    return [Instance(request_type="loglikelihood", doc={}, arguments=pair, idx=i) for i, pair in enumerate(pairs)]
+
+
+def assert_same(ours, theirs):
+    assert [score for score, _ in ours] == pytest.approx([score for score, _ in theirs], abs=1e-4)
+    assert [greedy for _, greedy in ours] == [greedy for _, greedy in theirs]
+
+
+@pytest.fixture(scope="module")
+def both_tokenizers(tokenizer, bos_tokenizer):
+    return {"plain": tokenizer, "bos": bos_tokenizer}
+
+
+@pytest.mark.parametrize("kind", ["plain", "bos"])
+def test_equals_hflm(model, both_tokenizers, kind):
+    tokenizer = both_tokenizers[kind]
+    theirs = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=4)
+    ours = Scorer(model, tokenizer)
+    assert ours.prefix_token_id == theirs.prefix_token_id
+    for context, continuation in PAIRS:
+        if context:
+            assert ours._encode_pair(context, continuation) == theirs._encode_pair(context, continuation)
+    assert_same(ours.loglikelihood(requests(PAIRS)), theirs.loglikelihood(requests(PAIRS), disable_tqdm=True))
+
+
+def test_a_greedy_continuation_is_recognised(model, tokenizer):
+    import torch
+
+    ids = tokenizer("Once upon a")["input_ids"]
+    with torch.inference_mode():
+        token = int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax())
+    pairs = [(("Once upon a", "?"), ids, [token]), (("Once upon a", "!"), ids, [token + 1])]
+    scores = Scorer(model, tokenizer)._loglikelihood_tokens(pairs)
+    assert [greedy for _, greedy in scores] == [True, False]
+
+
+def test_truncates_on_the_left_as_hflm_does(make_llama, tokenizer):
+    short = make_llama(max_position_embeddings=24)
+    pairs = [("word " * 60 + "end", " and the answer"), ("one two three", " four"), ("w " * 22 + "x", " yes")]
+    ours = Scorer(short, tokenizer)
+    theirs = HFLM(pretrained=short, tokenizer=copy.deepcopy(tokenizer), batch_size=1)
+    assert ours._max_length == theirs.max_length == 24
+    assert_same(ours.loglikelihood(requests(pairs)), theirs.loglikelihood(requests(pairs), disable_tqdm=True))
+    assert ours.num_truncated == 1
+
+
+def test_a_continuation_longer_than_the_model_is_refused(make_llama, tokenizer):
+    with pytest.raises(EvaluationError, match="it must make 1 to 24"):
+        Scorer(make_llama(max_position_embeddings=24), tokenizer).loglikelihood(requests([("a", " b" * 30)]))
+
+
+@pytest.mark.parametrize("token_budget", [1, 40, 10_000])
+def test_the_batch_does_not_matter(model, tokenizer, token_budget):
+    assert_same(
+        Scorer(model, tokenizer, token_budget=token_budget).loglikelihood(requests(PAIRS)),
+        Scorer(model, tokenizer).loglikelihood(requests(PAIRS)),
+    )
+
+
+def test_the_order_of_requests_does_not_matter_at_all(model, tokenizer):
+    forward = Scorer(model, tokenizer).loglikelihood(requests(PAIRS))
+    backward = Scorer(model, tokenizer).loglikelihood(requests(PAIRS[::-1]))
+    assert forward == backward[::-1]
+
+
+def test_equal_inputs_run_once(model, tokenizer, monkeypatch):
+    sizes = []
+    original = scorer_module.hidden_states
+    monkeypatch.setattr(
+        scorer_module, "hidden_states", lambda parts, ids: sizes.append(len(ids)) or original(parts, ids)
+    )
+    pairs = [("yes or", " no"), ("yes or", " maybe"), ("yes or", " no"), ("yes or", " no way")]
+    Scorer(model, tokenizer).loglikelihood(requests(pairs))
+    assert sum(sizes) == 2  # " no" and " maybe" are one token each after the same input
+
+
+def test_progress(model, tokenizer):
+    calls = []
+    scorer = Scorer(model, tokenizer, token_budget=40, progress=lambda done, total: calls.append((done, total)))
+    scorer.loglikelihood(requests(PAIRS))
+    assert [total for _, total in calls] == [8] * len(calls)  # " east" and " west" share an input, one pair repeats
+    assert [done for done, _ in calls] == sorted(done for done, _ in calls)
+    assert calls[-1] == (8, 8)
+
+
+def test_batches_stay_within_the_budget():
+    inputs = [(0,) * length for length in (9, 5, 5, 4, 1, 1, 1)]
+    batches = list(scorer_module._batches(inputs, 10))
+    assert [[len(tokens) for tokens in batch] for batch in batches] == [[9], [5, 5], [4, 1], [1, 1]]
+
+
+def test_other_kinds_of_requests_are_refused(model, tokenizer):
+    with pytest.raises(EvaluationError, match="generate text are not supported yet"):
+        Scorer(model, tokenizer).generate_until([])
+    with pytest.raises(EvaluationError, match="rolling log-likelihood tasks are not supported yet"):
+        Scorer(model, tokenizer).loglikelihood_rolling([])
+
+
+def test_a_tokenizer_without_bos_and_eos_is_refused(model):
+    class Bare:
+        bos_token_id = eos_token_id = None
+
+    with pytest.raises(EvaluationError, match="Bare has neither a BOS nor an EOS token"):
+        Scorer(model, Bare())
