@@ -56,6 +56,11 @@ class Gptq:
         if self.block_size < 1:
             raise QuantizationError(f"options.block_size = {self.block_size} must be at least 1")
 
+    def stores_column_groups(self, in_features: int) -> bool:
+        """Only where dynamic groups follow the activation order."""
+        one_group = self.grid.group_columns(in_features) >= in_features
+        return self.act_order and not self.static_groups and not one_group
+
     def quantize(self, weights: Sequence[Tensor], hessian_II: Tensor | None) -> MethodOutcome:
         """Quantize linears that share an input as one stacked matrix: rows do not interact in GPTQ.
 
@@ -134,7 +139,6 @@ def gptq(weight_OI: Tensor, hessian_II: Tensor, options: Gptq) -> tuple[Quantize
 
     codes_OI = torch.empty((out_features, in_features), dtype=torch.uint8, device=weight_OI.device)
     codes_OI[:, order] = codes_IO.T.to(torch.uint8)
-    shuffled = options.act_order and not static
     group_of_column = torch.empty(in_features, dtype=torch.int32, device=order.device)
     group_of_column[order] = torch.tensor(column_group_I, dtype=torch.int32, device=order.device)
     return (
@@ -143,7 +147,7 @@ def gptq(weight_OI: Tensor, hessian_II: Tensor, options: Gptq) -> tuple[Quantize
             codes_OI=codes_OI,
             scale_OG=scale_GO.T.contiguous(),
             zero_OG=None if grid.symmetric else zero_GO.T.contiguous(),
-            column_group_I=group_of_column if shuffled else None,
+            column_group_I=group_of_column if options.stores_column_groups(in_features) else None,
         ),
         damping,
     )

@@ -44,6 +44,9 @@ class Method(Protocol):
     def true_sequential(self) -> bool:
         """Whether a stage sees the quantized weights of the earlier stages of its own block."""
 
+    def stores_column_groups(self, in_features: int) -> bool:
+        """Whether its artifacts of such linears carry a group index per column."""
+
     def quantize(self, weights: Sequence[Tensor], hessian_II: Tensor | None) -> MethodOutcome:
         """Quantize linears that share an input.
 

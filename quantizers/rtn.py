@@ -25,6 +25,10 @@ class Rtn:
     needs_hessian: ClassVar[bool] = False
     true_sequential: ClassVar[bool] = True
 
+    def stores_column_groups(self, in_features: int) -> bool:
+        """Never: groups are consecutive columns."""
+        return False
+
     def quantize(self, weights: Sequence[Tensor], hessian_II: Tensor | None) -> MethodOutcome:
         """Quantize linears that share an input; the Hessian is not looked at."""
         del hessian_II

@@ -1,0 +1,169 @@
+"""The command line: parses, wires and delegates.
+
+Exit status 0: all cells ok or non-finite; 1: some failed; 2: bad input; 130: interrupted.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+
+from orchestrator import __version__
+from orchestrator.errors import BitatlasError
+
+OK, SOME_FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+_SWEEP = click.argument("sweep_file", metavar="SWEEP.yaml", type=click.Path(path_type=Path))
+_OUT = click.option("--out", type=click.Path(path_type=Path), help="Output directory; outputs/<name> if not given.")
+_DIRECTORY = click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+
+
+def main() -> NoReturn:
+    """Entry point of the `bitatlas` script: user errors become one line on stderr and exit status 2."""
+    try:
+        sys.exit(bitatlas.main(standalone_mode=False) or OK)
+    except click.exceptions.Exit as error:
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(BAD_INPUT)
+    except (click.Abort, KeyboardInterrupt):
+        sys.exit(INTERRUPTED)
+    except Exception as error:
+        from cluster.errors import ClusterError
+
+        if not isinstance(error, BitatlasError | ClusterError):
+            raise
+        click.echo(f"bitatlas: {error}", err=True)
+        sys.exit(BAD_INPUT)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="bitatlas")
+def bitatlas() -> None:
+    """Measure which quantization of a language model to deploy.
+
+    A sweep file names models, a grid of method x bit-width, and what to measure. `bitatlas run` quantizes and evaluates
+    every cell on the NPUs, GPUs or CPU cores of a Ray cluster, streams rows into Parquet, and resumes where it stopped;
+    `bitatlas report` draws the map. Start with `bitatlas demo`.
+    """
+
+
+@bitatlas.command()
+@_OUT
+def demo(out: Path | None) -> int:
+    """Run the embedded default: a real model and real data from installed packages.
+
+    Quantizes SmolLM2-135M by RTN (8, 4, 3 bits) and GPTQ (4, 3 bits) at group 64, measures perplexity and two tasks,
+    prints the map and writes outputs/demo. Needs no internet, account or accelerator; a few minutes on two cores.
+    """
+    from orchestrator.commands import run_command
+
+    return run_command(Path(__file__).parent / "sweeps" / "demo.yaml", out=out, report=True)
+
+
+@bitatlas.command()
+@_SWEEP
+@_OUT
+def plan(sweep_file: Path, out: Path | None) -> int:
+    """Show what a sweep would do, and do nothing.
+
+    Lists cells, jobs, what is done already in the output directory, and the size of every checkpoint.
+    """
+    from orchestrator.commands import plan_command
+
+    return plan_command(sweep_file, out=out)
+
+
+@bitatlas.command()
+@_SWEEP
+@_OUT
+@click.option("--address", help="HOST:PORT of a running Ray cluster to join; a local one is started if not given.")
+@click.option("--workers", type=click.IntRange(min=1), help="Number of workers, instead of workers.count of the file.")
+@click.option("--report/--no-report", default=True, help="Print the map and write the page at the end.")
+def run(sweep_file: Path, out: Path | None, address: str | None, workers: int | None, *, report: bool) -> int:
+    """Start a sweep, or resume it: the same command does only what is missing.
+
+    Rows stream into DIR/results, items, layers and events as Parquet, readable by anything at any time. Ctrl-C stops
+    cleanly and keeps what is done. Exit status: 0 all cells ok or non-finite, 1 some failed, 2 bad input.
+    """
+    from orchestrator.commands import run_command
+
+    return run_command(sweep_file, out=out, address=address, workers=workers, report=report)
+
+
+@bitatlas.command()
+@_DIRECTORY
+def status(directory: Path) -> int:
+    """Show progress and failures of a running or finished sweep, from its files alone.
+
+    Works on any machine that sees the output directory; it talks to no cluster.
+    """
+    from orchestrator.commands import status_command
+
+    return status_command(directory)
+
+
+@bitatlas.command()
+@_DIRECTORY
+def report(directory: Path) -> int:
+    """Print the accuracy map of a sweep, and write atlas.html and atlas.md into its directory.
+
+    Works while the sweep is running. The page is one self-contained file.
+    """
+    from orchestrator.commands import report_command
+
+    return report_command(directory)
+
+
+@bitatlas.command()
+@_DIRECTORY
+@click.argument("cell", metavar="CELL")
+@click.option("--format", "form", required=True, type=click.Choice(["dense"]), help="Checkpoint format to write.")
+@click.option("--to", required=True, type=click.Path(path_type=Path), help="Directory to write; must not exist.")
+def export(directory: Path, cell: str, form: str, to: Path) -> int:
+    """Write the checkpoint of one cell of a sweep.
+
+    CELL is a cell_id as in the report's table. Format `dense` is a safetensors checkpoint in the model's own dtype
+    whose weights are exactly the evaluated ones; any transformers version loads it.
+    """
+    from orchestrator.commands import export_command
+
+    return export_command(directory, cell, form, to)
+
+
+@bitatlas.command()
+def doctor() -> int:
+    """Show what this machine can do: Python, packages, devices, packaged model and data, disk, and what to mend.
+
+    Exit status 1 where a sweep would fail.
+    """
+    from orchestrator.doctor import doctor_command
+
+    return doctor_command()
+
+
+@bitatlas.command()
+@click.argument("search_file", metavar="SEARCH.yaml", type=click.Path(path_type=Path))
+@_OUT
+def search(**_: Any) -> int:
+    """Search per-layer mixed bit-widths under a size budget (not in this version yet).
+
+    Every call ends with exit status 2; the sweep's grid is what this version can explore.
+    """
+    raise BitatlasError("search is not in this version yet; explore uniform bit-widths with `bitatlas run`")
+
+
+@bitatlas.command()
+@_SWEEP
+@click.option("--to", required=True, type=click.Path(path_type=Path), help="Directory to fill.")
+def fetch(**_: Any) -> int:
+    """Gather a sweep's models and data sets for a cluster without internet (not in this version yet).
+
+    Every call ends with exit status 2; packaged models and data and local directories need no fetching.
+    """
+    raise BitatlasError(
+        "fetch is not in this version yet; name a local directory as models[].source, and packaged or own files as data"
+    )

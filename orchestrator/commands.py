@@ -1,0 +1,186 @@
+"""What each command does, once the command line is parsed."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+from orchestrator.config import Sweep, read_sweep
+from orchestrator.errors import BitatlasError
+from orchestrator.layout import Layout
+from orchestrator.plan import Plan, make_plan
+
+if TYPE_CHECKING:
+    from orchestrator.inputs import Inputs
+    from orchestrator.sweep import Summary
+
+OK, SOME_FAILED, INTERRUPTED = 0, 1, 130
+
+
+def _layout(sweep: Sweep, out: Path | None) -> Layout:
+    return Layout(out if out is not None else Path("outputs") / sweep.name)
+
+
+def _prepare(sweep: Sweep, file: Path, console: Console) -> tuple[Inputs, Plan]:
+    from orchestrator.inputs import prepare
+
+    with console.status("reading models and data (a packaged model is converted on first use) ..."):
+        inputs = prepare(sweep, str(file))
+    return inputs, make_plan(sweep, inputs.identities)
+
+
+def run_command(
+    file: Path, *, out: Path | None, report: bool, address: str | None = None, workers: int | None = None
+) -> int:
+    """Run or resume a sweep; the exit status."""
+    from cluster.ray_pool import RayPool
+    from cluster.session import ray_session
+    from orchestrator.store import Store
+    from orchestrator.sweep import Driver, claim_output, finished_jobs
+    from orchestrator.view import make_view
+    from orchestrator.worker import FACTORY
+
+    console = Console()
+    sweep = read_sweep(file)
+    layout = _layout(sweep, out)
+    claim_output(layout, sweep)
+    inputs, plan = _prepare(sweep, file, console)
+    if len(finished_jobs(layout, plan)) == len(plan.jobs):
+        console.print(f"all {len(plan.jobs)} jobs of {layout.root} are done already")
+        if report:
+            report_command(layout.root, console)
+        return OK
+    settings = sweep.workers
+    with ray_session(
+        device=settings.device,
+        count=workers if workers is not None else settings.count,
+        threads=settings.threads,
+        address=address,
+    ) as session:
+        if session.dashboard:
+            console.print(f"Ray dashboard: {session.dashboard}", highlight=False)
+        with console.status(f"starting {session.count} {session.kind.name} workers ..."):
+            pool = RayPool(session, FACTORY)
+        try:
+            with Store(layout) as store:
+                driver = Driver(sweep=sweep, plan=plan, inputs=inputs, layout=layout, store=store, pool=pool)
+                with _interrupts(driver.stop, console):
+                    summary = driver.run(make_view(console))
+        finally:
+            pool.close()
+    return _conclude(summary, file, out, layout, console, report=report)
+
+
+@contextmanager
+def _interrupts(stop: threading.Event, console: Console) -> Iterator[None]:
+    """The first Ctrl-C (or SIGTERM) asks the driver to stop; a second one ends the process at once."""
+
+    def ask(number: int, _: object) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+        console.print("\nstopping: what is finished is kept (again to end at once)")
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _conclude(summary: Summary, file: Path, out: Path | None, layout: Layout, console: Console, *, report: bool) -> int:
+    from orchestrator.view import clock
+
+    again = f"bitatlas run {file}" + (f" --out {out}" if out else "")
+    if summary.interrupted:
+        done = summary.reused + summary.finished
+        console.print(f"stopped: {done} jobs are done, {summary.left} are left; go on with: {again}", highlight=False)
+        return INTERRUPTED
+    if report:
+        report_command(layout.root, console)
+    console.print(
+        f"{summary.finished} jobs in {clock(summary.seconds)}"
+        + (f", {summary.reused} done before" if summary.reused else "")
+        + (f", [red]{summary.failed} failed[/red]" if summary.failed else ""),
+        highlight=False,
+    )
+    for failure in summary.failures:
+        console.print(f"failed: {failure}", style="red", highlight=False, markup=False)
+    if summary.failed:
+        console.print(f"try the failed ones again with: {again}", highlight=False)
+    return SOME_FAILED if summary.failed else OK
+
+
+def plan_command(file: Path, *, out: Path | None) -> int:
+    """Print what a sweep would do."""
+    from orchestrator.rows import size_columns
+    from orchestrator.sweep import claim_output, finished_jobs
+    from quantizers.quantized_weight import stored_bytes
+
+    console = Console()
+    sweep = read_sweep(file)
+    layout = _layout(sweep, out)
+    claim_output(layout, sweep)
+    inputs, plan = _prepare(sweep, file, console)
+    done = finished_jobs(layout, plan)
+    table = Table(title=f"{sweep.name}: {len(plan.cells)} cells, {len(plan.jobs)} jobs, {len(done)} done")
+    table.add_column("cell")
+    for heading in ("jobs", "done", "bits/weight", "checkpoint MB"):
+        table.add_column(heading, justify="right")
+    for cell in plan.cells:
+        model = inputs.models[cell.model]
+        jobs = [job for job in plan.jobs if job.cell.id == cell.id]
+        stored = None
+        if cell.scheme:
+            grid, shuffled = cell.scheme.grid(), cell.scheme.build().stores_column_groups
+            shapes = model.shape.linears.values()
+            stored = sum(stored_bytes(grid, rows, columns, permuted=shuffled(columns)) for rows, columns in shapes)
+        size = size_columns(cell, model, stored)
+        table.add_row(
+            cell.id,
+            str(len(jobs)),
+            str(sum(job.id in done for job in jobs)),
+            f"{size['decoder_bits_per_weight']:.3f}",
+            f"{size['checkpoint_bytes'] / 1e6:.1f}",
+        )
+    console.print(table)
+    largest = max(model.shape.fp_bytes for model in inputs.models.values())
+    console.print(f"output: {layout.root}; a worker maps at most {largest / 1e6:.0f} MB of weights", highlight=False)
+    return OK
+
+
+def status_command(directory: Path) -> int:
+    """Print progress and failures of a sweep from its files."""
+    from orchestrator.status import print_status
+
+    return print_status(directory, Console())
+
+
+def report_command(directory: Path, console: Console | None = None) -> int:
+    """Print the map; write the page and its text twin."""
+    from orchestrator.atlas import print_report, write_report
+
+    console = console or Console()
+    print_report(directory, console)
+    paths = write_report(directory)
+    console.print(f"wrote {paths.html} and {paths.markdown}", highlight=False)
+    return OK
+
+
+def export_command(directory: Path, cell: str, form: str, to: Path) -> int:
+    """Write the checkpoint of a cell."""
+    from orchestrator.export.dense import export_dense
+
+    if form != "dense":
+        raise BitatlasError(f"--format {form} is unknown; use dense")
+    size = export_dense(Layout(directory), cell, to)
+    Console().print(f"wrote {to} ({size / 1e6:.1f} MB)", highlight=False)
+    return OK

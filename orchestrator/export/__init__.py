@@ -1,0 +1,1 @@
+"""Cells as checkpoints that other programs load."""

@@ -1,0 +1,27 @@
+"""`make bench`: each benchmark measures ratios against a real peer in one run and writes outputs/benchmarks/*.json."""
+
+import argparse
+import importlib
+import json
+from pathlib import Path
+
+BENCHMARKS = {"gptq": "GPTQ W4 g64 against llm-compressor: perplexity and wall time"}
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
+    parser.add_argument("names", nargs="*", help="; ".join(f"{name}: {what}" for name, what in BENCHMARKS.items()))
+    names = parser.parse_args().names or list(BENCHMARKS)
+    root = Path(__file__).resolve().parents[2]
+    results = root / "outputs" / "benchmarks"
+    results.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        if name not in BENCHMARKS:
+            parser.error(f"no benchmark {name!r}; there are {', '.join(BENCHMARKS)}")
+        figures = importlib.import_module(f"tests.benchmarks.bench_{name}").measure(root)
+        (results / f"{name}.json").write_text(json.dumps(figures, indent=1))
+        print(f"wrote {results / name}.json")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,244 @@
+"""The product's promises on real processes: `bitatlas run` with real Ray, killed and started again."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import duckdb
+import psutil
+import pytest
+import yaml
+
+from orchestrator.schema import EVENTS, ITEMS, LAYERS, RESULTS
+from orchestrator.store import read_table
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240), pytest.mark.xdist_group("ray")]
+
+BITATLAS = [sys.executable, "-c", "from orchestrator.cli import main; main()"]
+GRID = [
+    {"method": "rtn", "weight_bits": [8, 4, 3], "group_size": 32},
+    {"method": "gptq", "weight_bits": [4, 2], "group_size": 32},
+]
+# What may differ between two runs of the same work.
+CIRCUMSTANCES = {
+    "sweep", "quantize_seconds", "evaluate_seconds", "peak_memory_bytes", "worker", "device", "started_at",
+    "finished_at", "seconds",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def sweep_file(tiny_checkpoint, tmp_path_factory):
+    return write_sweep(tmp_path_factory.mktemp("sweep") / "tiny.yaml", tiny_checkpoint)
+
+
+def write_sweep(path, checkpoint, **changes):
+    document = {
+        "name": "tiny",
+        "models": [{"name": "tiny", "source": str(checkpoint)}],
+        "grid": GRID,
+        "calibration": {"corpus": "lambada", "samples": 8, "sequence_length": 128, "seed": 0},
+        "evaluation": {
+            "perplexity": [{"corpus": "boolq-passages", "sequence_length": 256, "max_windows": 24}],
+            "tasks": [{"name": "arc_easy", "limit": 24}],
+        },
+        "workers": {"device": "cpu", "count": 2},
+    }
+    path.write_text(yaml.safe_dump(document | changes))
+    return path
+
+
+def start(file, out, *more):
+    return subprocess.Popen(
+        [*BITATLAS, "run", str(file), "--out", str(out), "--no-report", *more],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"COLUMNS": "200"},
+    )
+
+
+def finish(process, seconds=180):
+    output, _ = process.communicate(timeout=seconds)
+    return process.returncode, output
+
+
+def run(file, out, *more):
+    return finish(start(file, out, *more))
+
+
+def finished_in(out):
+    if not (out / "events").exists():
+        return 0
+    return read_table(out, EVENTS)["event"].to_pylist().count("finished")
+
+
+def wait_for_finished(out, count, process):
+    deadline = time.monotonic() + 120
+    while finished_in(out) < count:
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline, "no progress"
+        time.sleep(0.02)
+
+
+def values(out):
+    """Everything that was measured, without the circumstances."""
+    tables = {}
+    for table in (RESULTS, ITEMS, LAYERS):
+        keep = [column for column in table.columns if column not in CIRCUMSTANCES]
+        rows = [tuple(map(str, row.values())) for row in read_table(out, table).select(keep).to_pylist()]
+        tables[table.name] = sorted(rows)
+    return tables
+
+
+def assert_nothing_ran_twice(out):
+    """Per job: exactly one end, and no start after it."""
+    events = sorted(read_table(out, EVENTS).to_pylist(), key=lambda event: event["at"])
+    ended = {}
+    for event in (event for event in events if event["job_id"]):
+        assert event["job_id"] not in ended, f"{event['event']} of {event['job']} after it had ended"
+        if event["event"] in {"finished", "reused"}:
+            ended[event["job_id"]] = event
+    return events, ended
+
+
+@pytest.fixture(scope="module")
+def undisturbed(sweep_file, tmp_path_factory):
+    """Tables of a run that nobody disturbs, read by DuckDB all the while."""
+    out = tmp_path_factory.mktemp("undisturbed") / "out"
+    process = start(sweep_file, out)
+    seen = []
+    while process.poll() is None:
+        if list((out / "results").glob("*.parquet")):
+            query = f"select count(*), count(distinct cell_id) from '{out}/results/*.parquet'"
+            seen.append(duckdb.sql(query).fetchone())
+        time.sleep(0.3)
+    code, output = finish(process)
+    assert code == 0, output
+    return out, seen, output
+
+
+def test_a_sweep_fills_every_table(undisturbed):
+    out, _, output = undisturbed
+    tables = values(out)
+    cells = 6
+    assert len(tables["results"]) == cells * 3  # perplexity, acc, acc_norm
+    assert len(tables["items"]) == cells * (24 + 24 * 2)
+    assert len(tables["layers"]) == (cells - 1) * 14
+    assert {row["status"] for row in read_table(out, RESULTS).to_pylist()} == {"ok"}
+    _, ended = assert_nothing_ran_twice(out)
+    assert len(ended) == cells * 2 + cells - 1
+    assert (out / "sweep.yaml").exists()
+    assert "17 jobs" in output
+
+
+def test_duckdb_reads_rows_while_the_sweep_runs(undisturbed):
+    _, seen, _ = undisturbed
+    counts = [rows for rows, _ in seen]
+    assert counts == sorted(counts)
+    assert counts[0] < 18, "rows were only seen when the sweep was over"
+
+
+def test_the_same_command_again_does_nothing(undisturbed, sweep_file):
+    out, _, _ = undisturbed
+    before = values(out), finished_in(out)
+    code, output = run(sweep_file, out)
+    assert code == 0
+    assert "done already" in output
+    assert (values(out), finished_in(out)) == before
+
+
+def test_kill_9_of_the_driver_loses_and_repeats_nothing(undisturbed, sweep_file, tmp_path):
+    out = tmp_path / "out"
+    process = start(sweep_file, out)
+    wait_for_finished(out, 4, process)
+    process.kill()
+    process.communicate()
+    assert 4 <= finished_in(out) < 17
+    # What a driver leaves that dies between two parts of a batch: rows whose batch has no event.
+    stray = out / "results" / "19700101T000000-000000-000000.parquet"
+    stray.write_bytes(next((out / "results").glob("*.parquet")).read_bytes())
+
+    code, output = run(sweep_file, out)
+
+    assert code == 0, output
+    assert not stray.exists()
+    events, ended = assert_nothing_ran_twice(out)
+    assert len(ended) == 17
+    assert [event["event"] for event in events].count("session_started") == 2
+    assert values(out) == values(undisturbed[0])
+
+
+def test_kill_9_of_a_worker_costs_only_its_job(undisturbed, sweep_file, tmp_path):
+    """Through the whole NPU placement path, on simulated NPUs."""
+    checkpoint = yaml.safe_load(sweep_file.read_text())["models"][0]["source"]
+    file = write_sweep(tmp_path / "npu.yaml", checkpoint, workers={"device": "simulated-npu", "count": 2})
+    out = tmp_path / "out"
+    process = start(file, out)
+    wait_for_finished(out, 3, process)
+    ray_pids = [child.pid for child in psutil.Process(process.pid).children(recursive=True) if is_worker(child)]
+    assert len(ray_pids) == 2
+    os.kill(ray_pids[0], signal.SIGKILL)
+
+    code, output = finish(process)
+
+    assert code == 0, output
+    events, ended = assert_nothing_ran_twice(out)
+    assert len(ended) == 17
+    assert any(event["event"] == "worker_lost" for event in events)
+    assert {event["worker"].partition("@")[0] for event in ended.values()} == {"simulated-npu-0", "simulated-npu-1"}
+    assert values(out) == values(undisturbed[0])
+
+
+def is_worker(process):
+    try:
+        return "_Actor" in " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(undisturbed, sweep_file, tmp_path):
+    """With one worker: the values do not depend on how many there are."""
+    out = tmp_path / "out"
+    process = start(sweep_file, out, "--workers", "1")
+    wait_for_finished(out, 3, process)
+    process.send_signal(signal.SIGINT)
+    code, output = finish(process, 30)
+    assert code == 130
+    assert f"go on with: bitatlas run {sweep_file} --out {out}" in output
+    done = finished_in(out)
+    assert 3 <= done < 17
+
+    code, output = run(sweep_file, out, "--workers", "1")
+
+    assert code == 0, output
+    assert f"{done} done before" in output
+    assert_nothing_ran_twice(out)
+    assert values(out) == values(undisturbed[0])
+
+
+def test_another_sweep_is_not_overwritten(undisturbed, sweep_file, tmp_path):
+    out, _, _ = undisturbed
+    checkpoint = yaml.safe_load(sweep_file.read_text())["models"][0]["source"]
+    code, output = run(write_sweep(tmp_path / "other.yaml", checkpoint, name="other"), out)
+    assert code == 2
+    assert output.strip() == f"bitatlas: {out} holds the sweep 'tiny', not 'other'; choose another --out"
+
+
+def test_a_device_that_is_not_there(sweep_file, tmp_path):
+    checkpoint = yaml.safe_load(sweep_file.read_text())["models"][0]["source"]
+    out = tmp_path / "out"
+    code, output = run(write_sweep(tmp_path / "npu.yaml", checkpoint, workers={"device": "npu"}), out)
+    assert code == 2
+    assert "no NPU" in output.splitlines()[-1]
+    assert not out.exists()
+
+
+def test_the_report_of_a_real_sweep(undisturbed):
+    out = Path(undisturbed[0])
+    done = subprocess.run([*BITATLAS, "report", str(out)], capture_output=True, text=True, check=True)
+    assert "gptq" in done.stdout
+    assert (out / "atlas.html").stat().st_size > 1_000_000
+    assert "| gptq" in (out / "atlas.md").read_text()
