@@ -94,7 +94,7 @@ def _check_answers(address: str) -> None:
     if address in {"auto", "local"} or "://" in address:
         return
     host, _, port = address.rpartition(":")
-    if not host or not port.isdigit():
+    if not host or not port.isdecimal() or int(port) > 65535:
         raise ClusterError(f"--address {address} is not HOST:PORT, such as 10.0.0.1:6379")
     try:
         with socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS):

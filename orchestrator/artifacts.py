@@ -89,13 +89,14 @@ class ArtifactWriter:
 
     def add_block(self, linears: list[QuantizedLinear]) -> None:
         """Write one decoder block."""
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         file = f"block-{len(self._files):04d}.safetensors"
         tensors: dict[str, Tensor] = {}
         for linear in linears:
             packed = linear.weight.pack()
-            tensors |= {f"{linear.name}.{part}": tensor.contiguous() for part, tensor in packed.items()}
+            # safetensors refuses tensors that share memory, as the column groups of one stage do: hence the clone
+            tensors |= {f"{linear.name}.{part}": tensor.contiguous().clone() for part, tensor in packed.items()}
             out_features, in_features = linear.weight.codes_OI.shape
             self._linears[linear.name] = {
                 "out_features": out_features,
@@ -109,8 +110,9 @@ class ArtifactWriter:
                 "damping": linear.damping,
                 "seconds": linear.seconds,
             }
-        save_file(tensors, self._scratch / file)
-        self._files[file] = _sha256(self._scratch / file)
+        content = save(tensors)
+        (self._scratch / file).write_bytes(content)  # not `save_file`: its error for a full disk is no OSError
+        self._files[file] = hashlib.sha256(content).hexdigest()
 
     def finish(self, **facts: Any) -> Artifact:
         """Write the manifest and give the artifact its name.
@@ -147,9 +149,11 @@ def find_artifact(directory: Path) -> Artifact | None:
     """
     try:
         manifest = json.loads((directory / _MANIFEST).read_text(encoding="utf-8"))
+        if not isinstance(manifest, dict):
+            raise ValueError("not a JSON object")
     except FileNotFoundError:
         return None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:  # also bad JSON and bad UTF-8
         raise BitatlasError(
             f"{directory / _MANIFEST} is not readable ({error}); delete {directory} and run again"
         ) from error

@@ -32,7 +32,7 @@ def _corpus(value: Any) -> Any:
 
 def _task(value: Any) -> Any:
     try:
-        check_task(value)
+        check_task(value if isinstance(value, str) else repr(value))
     except EvaluationError as error:
         raise PydanticCustomError("told", "{message}", {"message": str(error)}) from error
     return value
@@ -177,7 +177,9 @@ class _Loader(yaml.SafeLoader):
         seen: set[Any] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
-            if isinstance(key, Hashable) and key in seen:
+            if not isinstance(key, Hashable):
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is no text", key_node.start_mark)
+            if key in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key {key!r} is given twice", key_node.start_mark
                 )
@@ -207,6 +209,10 @@ def _read_yaml(path: Path) -> Any:
         mark = getattr(error, "problem_mark", None)
         place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise BitatlasError(f"{path}: not valid YAML{place}: {getattr(error, 'problem', None) or error}") from error
+    except ValueError as error:  # a date or a tagged number that is none
+        raise BitatlasError(f"{path}: not valid YAML: {error}") from error
+    except RecursionError as error:
+        raise BitatlasError(f"{path}: not valid YAML: nested too deeply") from error
 
 
 def parse_sweep(document: Any, file: str) -> Sweep:

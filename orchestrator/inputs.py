@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from evaluators.corpora import Corpus, calibration_windows, evaluation_windows
 from evaluators.errors import EvaluationError
-from evaluators.harness import task_identity
+from evaluators.harness import check_protocol, task_identity
 from orchestrator.config import CalibrationConfig, PerplexityConfig, Sweep, TaskConfig
 from orchestrator.errors import BitatlasError
 from orchestrator.models.checkpoint import checkpoint_digest
@@ -149,6 +149,7 @@ def _evaluation_tokens(perplexity: PerplexityConfig, tokenizer: Any, where: str)
 
 def _task_hash(task: TaskConfig, where: str) -> str:
     try:
+        check_protocol(task.name, task.num_fewshot)
         return content_hash([_TASK_VERSION, task_identity(task.name), task.limit, task.num_fewshot])
     except EvaluationError as error:
         raise BitatlasError(f"{where}: {error}") from error

@@ -120,7 +120,8 @@ def make_plan(sweep: Sweep, identities: Identities) -> Plan:
     for model in sweep.models:
         weights = identities.models[model.name]
         key = content_hash(["fp", weights, model.dtype])
-        cells[key] = Cell(id=f"{model.name}.{FP}", model=model.name, scheme=None, calibration=None, key=key)
+        fp = Cell(id=f"{model.name}.{FP}", model=model.name, scheme=None, calibration=None, key=key)
+        cells.setdefault(key, fp)
         for scheme in sweep.grid:
             calibrations = sweep.calibration if scheme.needs_calibration else (None,)
             for calibration in calibrations:

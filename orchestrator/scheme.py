@@ -99,7 +99,7 @@ def parse_scheme(fields: dict[str, Any], where: str) -> Scheme:
     method = fields.get("method")
     if method is None:
         raise BitatlasError(f"{where}.method is missing; known methods: {', '.join(METHODS)}")
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         raise BitatlasError(
             f"{where}.method = {method!r} is unknown{_near(method, METHODS)}; known methods: {', '.join(METHODS)}"
         )

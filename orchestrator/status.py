@@ -35,7 +35,9 @@ def print_status(directory: Path, console: Console) -> int:
     failed = [event for event in ended.values() if event["event"] == "failed"]
     sessions = [event for event in events if event["event"] in {"session_started", "session_ended"}]
     alive = bool(sessions) and sessions[-1]["event"] == "session_started"
-    running = [event for event in latest.values() if event["event"] == "started"] if alive else []
+    session = sessions[-1]["session"] if alive else None  # what an earlier, killed driver started runs no more
+    running = [event for event in latest.values() if event["event"] == "started" and event["session"] == session]
+    running = running if alive else []
     cells = len(sweep.models) * (1 + len(sweep.grid))
     console.print(
         f"{sweep.name}: {len(ended) - len(failed)} jobs done, {len(running)} running, {len(failed)} failed; "

@@ -30,5 +30,5 @@ def decoded_weights(model: nn.Module, weights: Iterable[tuple[str, QuantizedWeig
             linear.weight = nn.Parameter(decoded, requires_grad=False)
         yield model
     finally:
-        for linear, original in originals:
+        for linear, original in reversed(originals):
             linear.weight = original

@@ -132,8 +132,7 @@ def fit_group(weight_OK: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
 def _fit_binary(weight_OK: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     mean = torch.zeros_like(weight_OK[..., 0]) if grid.symmetric else weight_OK.mean(-1)
     spread = (weight_OK - mean.unsqueeze(-1)).abs().mean(-1)
-    if grid.symmetric:
-        spread = torch.where(spread == 0, torch.ones_like(spread), spread)
+    if grid.symmetric:  # a row of zeros gets the smallest scale: no level is 0
         scale = stored_scale(2 * spread, grid)
         return scale, torch.full_like(scale, grid.fixed_zero)
     # A constant row has no spread: one of its two levels is the constant itself, the other is 0.
@@ -156,7 +155,9 @@ def stored_scale(scale: Tensor, grid: Grid) -> Tensor:
         raise QuantizationError(
             f"a scale of {scale.max().item():.3g} does not fit {grid.scale_dtype}; use scale_dtype: float32"
         )
-    return rounded.clamp(min=torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps)
+    smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    # Not below float32's normal numbers: accelerators that flush the others to zero would divide by zero.
+    return rounded.clamp(min=max(smallest, torch.finfo(torch.float32).smallest_normal))
 
 
 def fit_grid(weight_OI: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:

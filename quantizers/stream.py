@@ -106,6 +106,8 @@ def _quantize_block(
             results.append(linear)
 
     def visit(stage: tuple[str, ...], inputs: Iterator[Tensor]) -> None:
+        # Before this stage runs: a weight that is not finite would spoil, and so blame, the inputs of the next.
+        _check_finite(block, stage, prefix)
         weight = linear_at(block, stage[0]).weight
         hessian = Hessian(weight.shape[1], weight.device)
         for batch in inputs:
@@ -128,14 +130,18 @@ def _quantize_block(
     return results
 
 
+def _check_finite(block: nn.Module, stage: tuple[str, ...], prefix: str) -> None:
+    for name in stage:
+        if not torch.isfinite(linear_at(block, name).weight).all():
+            raise QuantizationError(f"{prefix}{name}.weight holds NaN or infinity")
+
+
 def _quantize_stage(
     block: nn.Module, stage: tuple[str, ...], method: Method, hessian_II: Tensor | None, prefix: str
 ) -> list[QuantizedLinear]:
     started = time.perf_counter()
+    _check_finite(block, stage, prefix)
     weights = [linear_at(block, name).weight.float() for name in stage]
-    for name, weight in zip(stage, weights, strict=True):
-        if not torch.isfinite(weight).all():
-            raise QuantizationError(f"{prefix}{name}.weight holds NaN or infinity")
     try:
         outcome = method.quantize(weights, hessian_II)
     except QuantizationError as error:

@@ -36,7 +36,10 @@ def check_checkpoint(directory: Path, where: str) -> None:
     config = read_config(directory, where)
     if "model_type" not in config:
         raise BitatlasError(f"{subject}: config.json has no model_type")
-    files = weight_files(directory)
+    try:
+        files = weight_files(directory)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BitatlasError(f"{subject}: {_INDEX} is no index of weights; copy the checkpoint again") from error
     if not files:
         pickles = sorted(path.name for pattern in _PICKLES for path in directory.glob(pattern))
         if pickles:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from orchestrator.errors import BitatlasError
+from orchestrator.errors import BitatlasError, reason
 
 # Part of the cache's key: raise it when the conversion gives other bytes.
 _CONVERTER = "gguf-bf16-1"
@@ -85,8 +85,8 @@ def _convert(gguf: Path, directory: Path, where: str) -> None:
             clean.save_pretrained(scratch)
             tokenizer.save_pretrained(scratch)
         os.rename(scratch, directory)
-    except (OSError, ValueError, KeyError, NotImplementedError) as error:
-        raise BitatlasError(f"{where}: {gguf.name} cannot be converted: {error}") from error
+    except Exception as error:  # whatever a broken file makes the reader raise
+        raise BitatlasError(f"{where}: {gguf.name} cannot be converted ({reason(error)})") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
         transformers_logging.set_verbosity(verbosity)

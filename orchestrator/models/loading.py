@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.errors import BitatlasError
+from orchestrator.errors import BitatlasError, reason
 from orchestrator.models.checkpoint import weight_files
 
 if TYPE_CHECKING:
@@ -50,9 +50,8 @@ def empty_model(directory: Path, dtype: str, where: str) -> PreTrainedModel:
             model = AutoModelForCausalLM.from_config(
                 config, dtype=_dtype(config, dtype), attn_implementation="sdpa", trust_remote_code=False
             )
-    except (ValueError, KeyError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise BitatlasError(f"{where} = '{directory}': this architecture cannot be built ({reason})") from error
+    except Exception as error:  # whatever a configuration's values make transformers raise
+        raise BitatlasError(f"{where} = '{directory}': this architecture cannot be built ({reason(error)})") from error
     model.tie_weights()
     return model.eval()
 
@@ -138,5 +137,4 @@ def load_tokenizer(directory: Path, where: str = "model") -> PreTrainedTokenizer
     try:
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except (ValueError, OSError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise BitatlasError(f"{where} = '{directory}': no usable tokenizer ({reason})") from error
+        raise BitatlasError(f"{where} = '{directory}': no usable tokenizer ({reason(error)})") from error

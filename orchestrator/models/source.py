@@ -34,8 +34,14 @@ def resolve_model(source: str, where: str) -> Path:
     """
     if source.startswith(PACKAGE):
         return converted_package(source.removeprefix(PACKAGE), node_cache(), where)
-    directory = Path(source).expanduser()
-    if directory.exists():
+    try:
+        directory = Path(source).expanduser()
+        exists = directory.exists()
+    except (RuntimeError, OSError) as error:  # nobody's home; a name too long
+        raise BitatlasError(
+            f"{where} = {source!r} does not exist; give a local directory, a Hub id or {PACKAGE}..."
+        ) from error
+    if exists:
         if not directory.is_dir():
             raise BitatlasError(f"{where} = {source!r} is a file; give the directory that holds the checkpoint")
         check_checkpoint(directory, where)

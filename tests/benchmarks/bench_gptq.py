@@ -52,9 +52,9 @@ def measure(root):
             "64", "--dtype", "bfloat16", "--threads", "1",
         ]  # fmt: skip
         runs = {}
-        for name, command, out in (
-            ("ours", us, scratch / "ours"), ("llm-compressor", peer, scratch / "peer"), ("ours again", us, scratch / "twice")
-        ):  # fmt: skip
+        order = (("ours", us, "ours"), ("llm-compressor", peer, "peer"), ("ours again", us, "twice"))
+        for name, command, folder in order:
+            out = scratch / folder
             console.print(f"{name} ...")
             arguments = [] if command is peer else [str(out)]
             subprocess.run(

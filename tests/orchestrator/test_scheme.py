@@ -1,0 +1,93 @@
+"""One point of the grid: every field's rule, and its label."""
+
+import re
+
+import pytest
+
+from orchestrator.errors import BitatlasError
+from orchestrator.scheme import option_defaults, parse_scheme
+from quantizers.methods import METHODS
+
+RTN = {"method": "rtn", "weight_bits": 4}
+GPTQ = {"method": "gptq", "weight_bits": 4}
+
+REFUSED = [
+    *[(RTN | {"weight_bits": bits}, f".weight_bits = {bits!r}: must be a whole number from 1 to 8")
+      for bits in (0, 9, -1, 2.5, 4.0, "4", True, None)],
+    *[(RTN | {"group_size": size}, f".group_size = {size!r}: must be a positive whole number of input columns")
+      for size in (0, -64, 2.5, "64", "channel", True, None)],
+    *[(RTN | {"activation_bits": bits}, f".activation_bits = {bits!r}: rtn quantizes weights only; use 16")
+      for bits in (8, True, None, "16")],
+    *[(RTN | {"symmetric": value}, f".symmetric = {value!r}: must be true or false") for value in ("yes", 1, None)],
+    *[(RTN | {"tail_group": value}, f".tail_group = {value!r}: must be true or false") for value in ("yes", 0)],
+    (RTN | {"scale_dtype": 16}, ".scale_dtype = 16: must be text"),
+    (RTN | {"scale_dtype": "fp16"}, "scale_dtype = 'fp16' is none of float16, bfloat16, float32"),
+    (RTN | {"groupsize": 64}, ": unknown key 'groupsize'; did you mean 'group_size'?; the keys here are method, "),
+    ({"weight_bits": 4}, ".method is missing; known methods: rtn, gptq"),
+    ({"method": "rtn"}, ".weight_bits is missing; give 1 to 8"),
+    (RTN | {"method": "gtpq"}, ".method = 'gtpq' is unknown; did you mean 'gptq'?; known methods: rtn, gptq"),
+    (RTN | {"method": 3}, ".method = 3 is unknown"),
+    (RTN | {"method": {"name": "rtn"}}, ".method = {'name': 'rtn'} is unknown"),
+    (RTN | {"options": 3}, ".options = 3: must be a mapping of the method's options"),
+    (RTN | {"options": None}, ".options = None: must be a mapping of the method's options"),
+    (RTN | {"options": {"act_order": True}}, ".options: unknown option 'act_order'; this method's options: none"),
+    (GPTQ | {"options": {"act_ordr": True}}, ".options: unknown option 'act_ordr'; did you mean 'act_order'?; "),
+    (GPTQ | {"options": {1: 2}}, ".options: unknown option 1; this method's options: act_order, "),
+    (GPTQ | {"options": {"act_order": 1}}, ".options.act_order = 1: must be true or false"),
+    (GPTQ | {"options": {"damping": "a"}}, ".options.damping = 'a': must be a number"),
+    (GPTQ | {"options": {"damping": True}}, ".options.damping = True: must be a number"),
+    (GPTQ | {"options": {"damping": 0}}, "options.damping = 0.0 must be above 0 and at most 1"),
+    (GPTQ | {"options": {"damping": float("nan")}}, "options.damping = nan must be above 0 and at most 1"),
+    (GPTQ | {"options": {"block_size": 2.5}}, ".options.block_size = 2.5: must be a whole number"),
+    (GPTQ | {"options": {"block_size": True}}, ".options.block_size = True: must be a whole number"),
+    (GPTQ | {"options": {"block_size": 0}}, "options.block_size = 0 must be at least 1"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("fields", "words"), REFUSED, ids=[words[:40] for _, words in REFUSED])
+def test_refused_with_the_field_and_the_rule(fields, words):
+    with pytest.raises(BitatlasError, match=re.escape(words)) as caught:
+        parse_scheme(fields, "study.yaml: grid[3]")
+    assert str(caught.value).startswith("study.yaml: grid[3]")
+
+
+@pytest.mark.parametrize(
+    ("fields", "label"),
+    [
+        (RTN, "rtn-w4-pc"),
+        (RTN | {"group_size": "per_channel"}, "rtn-w4-pc"),
+        (RTN | {"group_size": 64, "activation_bits": 16}, "rtn-w4-g64"),
+        (GPTQ | {"symmetric": True, "group_size": 32}, "gptq-w4-g32-sym"),
+    ],
+)
+def test_label(fields, label):
+    assert parse_scheme(fields, "x").label == label
+
+
+def test_an_option_left_out_is_the_method_s_default():
+    short = parse_scheme(GPTQ, "x")
+    written_out = parse_scheme(GPTQ | {"options": option_defaults(METHODS["gptq"])}, "x")
+    assert short == written_out
+    assert short != parse_scheme(GPTQ | {"options": {"act_order": False}}, "x")
+
+
+def test_whole_numbers_are_numbers():
+    one, point = (parse_scheme(GPTQ | {"options": {"damping": value}}, "x") for value in (1, 1.0))
+    assert one == point
+    assert one.options == point.options
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_every_method_builds_what_it_says(method, bits):
+    fields = {"method": method, "weight_bits": bits, "group_size": 32, "symmetric": True, "scale_dtype": "float32"}
+    scheme = parse_scheme(fields, "x")
+    built = scheme.build()
+    assert (built.grid.bits, built.grid.group_size, built.grid.symmetric, built.grid.scale_dtype) == (
+        bits,
+        32,
+        True,
+        "float32",
+    )
+    assert scheme.needs_calibration == built.needs_hessian
+    assert parse_scheme(scheme.as_entry(), "x") == scheme

@@ -1,0 +1,122 @@
+"""Progress from files alone, at every stage of a sweep's life."""
+
+import io
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from rich.console import Console
+
+from orchestrator.config import resolved
+from orchestrator.errors import BitatlasError
+from orchestrator.layout import Layout
+from orchestrator.status import print_status
+from orchestrator.store import Store
+
+NOW = datetime.now(UTC)
+
+
+@pytest.fixture
+def sweep_directory(tmp_path, make_sweep):
+    layout = Layout(tmp_path / "out")
+    layout.root.mkdir()
+    layout.sweep.write_text(resolved(make_sweep()))
+    return layout
+
+
+def told(layout):
+    stream = io.StringIO()
+    code = print_status(layout.root, Console(file=stream, width=200))
+    return code, stream.getvalue()
+
+
+def commit(layout, *events):
+    with Store(layout) as store:
+        for age, event in enumerate(events):
+            store.commit({"events": [{"at": NOW - timedelta(seconds=100 - age)} | event]})
+
+
+def job(kind, name, **more):
+    return {"event": kind, "job_id": name, "job": f"tiny {name}", "worker": "cpu-0@host", **more}
+
+
+def test_no_sweep_there(tmp_path):
+    for directory in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(BitatlasError, match=r"holds no sweep \(no sweep.yaml\); give the --out directory"):
+            print_status(directory, Console(file=io.StringIO()))
+
+
+def test_before_the_first_event(sweep_directory):
+    code, text = told(sweep_directory)
+    assert code == 0
+    assert text.startswith("study: 0 jobs done, 0 running, 0 failed")
+    assert "not started" in text
+
+
+def test_while_it_runs(sweep_directory):
+    commit(
+        sweep_directory, {"event": "session_started"}, job("started", "a"), job("finished", "a"), job("started", "b")
+    )
+    code, text = told(sweep_directory)
+    assert code == 0
+    assert "1 jobs done, 1 running, 0 failed" in text
+    assert "has not ended (running, or killed)" in text
+    assert "tiny b" in text
+    assert "cpu-0@host" in text
+    assert "tiny a" not in text
+
+
+def test_after_it_ended_with_a_failure(sweep_directory):
+    commit(
+        sweep_directory,
+        {"event": "session_started"},
+        job("started", "a"),
+        job("failed", "a", error="ValueError: [no] markup"),
+        job("reused", "b"),
+        {"event": "session_ended", "status": "ended"},
+    )
+    code, text = told(sweep_directory)
+    assert code == 1
+    assert "1 jobs done, 0 running, 1 failed" in text
+    assert "failed: tiny a: ValueError: [no] markup" in text
+    assert "; ended 20" in text
+
+
+def test_a_retry_that_worked_is_no_failure(sweep_directory):
+    commit(
+        sweep_directory,
+        job("failed", "a", error="first"),
+        {"event": "session_started"},
+        job("worker_lost", "a"),
+        job("retried", "a"),
+        job("finished", "a"),
+        {"event": "session_ended", "status": "interrupted"},
+    )
+    code, text = told(sweep_directory)
+    assert code == 0
+    assert "1 jobs done, 0 running, 0 failed" in text
+    assert "; interrupted 20" in text
+
+
+def test_jobs_of_a_killed_driver_run_no_more_once_another_session_ended(sweep_directory):
+    commit(
+        sweep_directory,
+        {"event": "session_started"},
+        job("started", "a"),
+        {"event": "session_started"},
+        {"event": "session_ended", "status": "interrupted"},
+    )
+    assert "0 jobs done, 0 running" in told(sweep_directory)[1]
+
+
+def test_jobs_of_a_killed_driver_do_not_run_in_the_next_session(sweep_directory):
+    commit(
+        sweep_directory,
+        {"event": "session_started", "session": "first"},
+        job("started", "a", session="first"),
+        job("started", "b", session="first"),
+        {"event": "session_started", "session": "second"},
+        job("started", "b", session="second"),
+    )
+    text = told(sweep_directory)[1]
+    assert "0 jobs done, 1 running" in text
+    assert "tiny b" in text
