@@ -170,7 +170,10 @@ def report_command(directory: Path, console: Console | None = None) -> int:
 
     console = console or Console()
     print_report(directory, console)
-    paths = write_report(directory)
+    try:
+        paths = write_report(directory)
+    except OSError as error:
+        raise BitatlasError(f"cannot write the report into {directory} ({error.strerror or error})") from error
     console.print(f"wrote {paths.html} and {paths.markdown}", highlight=False)
     return OK
 

@@ -164,7 +164,7 @@ class Driver:
         self._store.commit(rows)
         if stopping:
             raise BitatlasError(
-                f"a worker could not write ({stopping.message}); what is done is kept and readable: "
+                f"a worker could not write to {self._layout.root} ({stopping.message}); what is done is kept and readable: "
                 "mend the disk and run the same command again"
             )
 

@@ -86,6 +86,7 @@ class LiveView:
     def __init__(self, console: Console) -> None:
         """Draw on this console."""
         self._console = console
+        self._activity: Mapping[str, str] = {}
 
     def begin(self, plan: Plan, schedule: Schedule, workers: Mapping[str, WorkerInfo]) -> None:
         """Start drawing."""
@@ -102,19 +103,19 @@ class LiveView:
             expand=True,
         )
         self._task = self._bar.add_task("jobs", total=self._counts.total_jobs, left="?")
-        self._live = Live(console=self._console, refresh_per_second=4, get_renderable=lambda: self._draw(schedule, {}))
+        self._live = Live(console=self._console, refresh_per_second=4, get_renderable=lambda: self._draw(schedule))
         self._live.start()
 
     def update(self, schedule: Schedule, activity: Mapping[str, str]) -> None:
-        """Redraw."""
-        self._live.update(self._draw(schedule, activity))
+        """Remember what the workers do; the display redraws itself."""
+        self._activity = activity
 
     def end(self, schedule: Schedule) -> None:
         """Leave the last picture standing."""
-        self._live.update(self._draw(schedule, {}), refresh=True)
+        self._activity = {}
         self._live.stop()
 
-    def _draw(self, schedule: Schedule, activity: Mapping[str, str]) -> Group:
+    def _draw(self, schedule: Schedule) -> Group:
         counts = self._counts
         self._bar.update(self._task, completed=counts.jobs_done(schedule), left="~" + counts.remaining(schedule))
         table = Table(box=None, padding=(0, 1), show_header=False, expand=True)
@@ -128,7 +129,7 @@ class LiveView:
             if self._since.get(worker, ("", 0.0))[0] != label:
                 self._since[worker] = (label, time.monotonic())
             busy = clock(time.monotonic() - self._since[worker][1]) if job else ""
-            table.add_row(worker, label, activity.get(worker, "") if job else "", busy)
+            table.add_row(worker, label, self._activity.get(worker, "") if job else "", busy)
         failures = len(schedule.failed)
         line = Text(f"{counts.cells_done(schedule)} of {counts.total_cells} cells")
         if failures:

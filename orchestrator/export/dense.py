@@ -21,8 +21,9 @@ def export_dense(layout: Layout, cell: str, to: Path) -> int:
     Raises:
         BitatlasError: no such cell, its artifact or model is gone, or `to` exists.
     """
+    from orchestrator.models.checkpoint import checkpoint_digest
     from orchestrator.models.loading import load_model
-    from orchestrator.models.source import resolve_model
+    from orchestrator.models.source import node_cache, resolve_model
     from quantizers.apply import decoded_weights
 
     if to.exists():
@@ -30,6 +31,11 @@ def export_dense(layout: Layout, cell: str, to: Path) -> int:
     artifact = find_cell(layout, cell)
     made_from = artifact.manifest["model"]
     directory = resolve_model(made_from["source"], f"the model of {cell}")
+    if checkpoint_digest(directory, node_cache()) != made_from["digest"]:
+        raise BitatlasError(
+            f"{directory} now holds other weights than those that were quantized as {cell}; "
+            "bring the old ones back, or run the sweep again"
+        )
     model = load_model(directory, made_from["dtype"])
     to.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{to.name}.", dir=to.parent))

@@ -12,10 +12,10 @@ MB = 1_000_000
 def test_an_allocation_that_is_gone_again_is_seen():
     with PeakMemory("cpu") as before:
         pass
-    with PeakMemory("cpu") as during:
-        with mmap.mmap(-1, 50 * MB) as held:  # straight from the kernel: an allocator may have 50 MB to spare
-            for page in range(0, len(held), mmap.PAGESIZE):
-                held[page] = 1
+    # Straight from the kernel: an allocator may have 50 MB to spare.
+    with PeakMemory("cpu") as during, mmap.mmap(-1, 50 * MB) as held:
+        for page in range(0, len(held), mmap.PAGESIZE):
+            held[page] = 1
     with PeakMemory("cpu") as after:
         pass
     assert during.peak_bytes - before.peak_bytes == pytest.approx(50 * MB, abs=10 * MB)

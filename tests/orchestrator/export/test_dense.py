@@ -14,11 +14,19 @@ from orchestrator.export.dense import export_dense, find_cell
 from orchestrator.layout import Layout
 from orchestrator.models.checkpoint import check_checkpoint, checkpoint_digest
 from orchestrator.models.loading import load_model, load_tokenizer
+from orchestrator.models.source import node_cache
 from orchestrator.scheme import parse_scheme
 from quantizers.apply import decoded_weights
 from quantizers.stream import quantize_blocks
 
 CELL = "tiny.rtn-w3-g32.0a1b2c3d"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +39,11 @@ def layout(tmp_path_factory, tiny_checkpoint):
         writer.add_block(block)
     writer.finish(
         cell=CELL,
-        model={"source": str(tiny_checkpoint), "dtype": "auto", "digest": "d"},
+        model={
+            "source": str(tiny_checkpoint),
+            "dtype": "auto",
+            "digest": checkpoint_digest(tiny_checkpoint, node_cache()),
+        },
         scheme=scheme.as_entry(),
         code_version="rtn/1",
         seconds=1.0,
@@ -115,6 +127,18 @@ def test_a_model_that_is_gone(layout, tmp_path):
     manifest = artifact.manifest | {"model": {"source": "/gone/model", "dtype": "auto", "digest": "d"}}
     (place / "artifact.json").write_text(json.dumps(manifest))
     with pytest.raises(BitatlasError, match=rf"the model of {CELL} = '/gone/model' does not exist"):
+        export_dense(other, CELL, tmp_path / "to")
+    assert not (tmp_path / "to").exists()
+
+
+def test_a_model_that_is_not_the_quantized_one_any_more(layout, tmp_path):
+    artifact = find_artifact(layout.artifact("0" * 64))
+    other = Layout(tmp_path / "out")
+    place = other.artifact("3" * 64)
+    place.mkdir(parents=True)
+    manifest = artifact.manifest | {"model": artifact.manifest["model"] | {"digest": "another"}}
+    (place / "artifact.json").write_text(json.dumps(manifest))
+    with pytest.raises(BitatlasError, match=r"now holds other weights than those that were quantized"):
         export_dense(other, CELL, tmp_path / "to")
     assert not (tmp_path / "to").exists()
 
