@@ -8,14 +8,17 @@ STAMP := .venv/.installed
 demo: $(STAMP)-run            ## set up, then run the main job on the packaged model and data
 	.venv/bin/bitatlas demo
 
+# Two at a time, tests that start Ray in one of the two: each process computes on one thread.
+PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest --numprocesses 2 --dist loadgroup
+
 test: $(STAMP)-dev            ## set up, then run every test
-	.venv/bin/python -m pytest
+	$(PYTEST)
 
 check: $(STAMP)-dev           ## what a person runs before a commit: format, lint, types, fast tests
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
 	.venv/bin/mypy
-	.venv/bin/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 format: $(STAMP)-dev
 	.venv/bin/ruff format .

@@ -176,6 +176,8 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":  # `<<`: what it brings may be overridden
+                continue
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, Hashable):
                 raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is no text", key_node.start_mark)
@@ -288,6 +290,10 @@ def describe(error: ValidationError) -> str:
     message = first["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
     message = message.replace("input should be", "must be").replace("a valid tuple", "a list").replace("tuple", "list")
+    if first["type"] == "too_short":
+        return f"{path} is empty; give at least one"
+    if first["type"] in {"model_type", "dataclass_type"}:
+        return f"{path} = {first['input']!r}: must be a mapping of its fields"
     if first["type"] == "missing":
         return f"{path} is missing"
     if first["type"] in {"unknown_key", "duplicate", "calibration", "empty", "told"}:

@@ -66,6 +66,10 @@ def prepare(sweep: Sweep, file: str) -> Inputs:
     for index, model in enumerate(sweep.models):
         where = f"{file}: models[{index}].source"
         found = _find(model.source, model.dtype, where)
+        for other in (
+            other for other, known in models.items() if (known.digest, known.dtype) == (found.digest, found.dtype)
+        ):
+            raise BitatlasError(f"{where} = {model.source!r} is the same checkpoint as model {other!r}; name it once")
         models[model.name] = found
         _check_schemes(sweep, found, model.name, file)
         tokenizer = load_tokenizer(found.directory, where)
@@ -98,6 +102,8 @@ def _find(source: str, dtype: str, where: str) -> ModelInput:
         shape = model_shape(directory, dtype, where)
     except QuantizationError as error:
         raise BitatlasError(f"{where} = {source!r}: {error}") from error
+    if not shape.linears:
+        raise BitatlasError(f"{where} = {source!r} has no decoder blocks")
     digest = checkpoint_digest(directory, node_cache())
     return ModelInput(source=source, dtype=dtype, directory=directory, digest=digest, shape=shape)
 

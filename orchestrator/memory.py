@@ -8,17 +8,20 @@ from pathlib import Path
 
 class PeakMemory:
     """Measures the most memory used between entering and leaving, in bytes: of the device where there is one, else
-    this process's resident set (Linux: the kernel's high-water mark, reset on entering)."""
+    this process's resident set (Linux: the kernel's high-water mark, reset on entering). None where it is not known."""
 
     def __init__(self, torch_device: str) -> None:
         """Name the device."""
         self._device = torch_device
-        self.peak_bytes = 0
+        self.peak_bytes: int | None = None
 
     def __enter__(self) -> PeakMemory:
         """Reset the mark."""
         if self._device == "cpu":
-            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+            try:
+                Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+            except OSError:  # some containers forbid it: then the peak of one job is not known
+                self._device = "unknown"
         else:
             import torch
 
@@ -30,8 +33,8 @@ class PeakMemory:
         if self._device == "cpu":
             status = Path("/proc/self/status").read_text(encoding="ascii")
             found = re.search(r"VmHWM:\s+(\d+) kB", status)
-            self.peak_bytes = int(found.group(1)) * 1024 if found else 0
-        else:
+            self.peak_bytes = int(found.group(1)) * 1024 if found else None
+        elif self._device != "unknown":
             import torch
 
             self.peak_bytes = int(torch.get_device_module(self._device).max_memory_allocated())

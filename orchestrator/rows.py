@@ -13,7 +13,6 @@ from orchestrator import __version__
 from orchestrator.inputs import ModelInput
 from orchestrator.plan import Cell, Job
 from orchestrator.scheme import UNQUANTIZED_BITS
-from orchestrator.worker import seed_of
 
 SIMULATED = "simulated"
 
@@ -110,7 +109,7 @@ def _run_columns(job: Job, worker: WorkerInfo | None, started_at: datetime, fini
         "worker": worker.name if worker else None,
         "device": worker.device if worker else None,
         "execution": SIMULATED,
-        "seed": seed_of(job.cell),
+        "seed": job.cell.calibration.seed if job.cell.calibration else None,
         "code_version": f"bitatlas {__version__}, {method}",
         "started_at": started_at,
         "finished_at": finished_at,

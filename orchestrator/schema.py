@@ -70,7 +70,7 @@ RESULTS = Table(
         "worker": "string",
         "device": "string",
         "execution": "string",  # simulated | native
-        "seed": "int64",
+        "seed": "int64",  # of the calibration; null where no data was looked at
         "code_version": "string",
         "started_at": _TIMESTAMP,
         "finished_at": _TIMESTAMP,

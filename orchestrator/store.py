@@ -103,7 +103,8 @@ class Store:
     def _remove_uncommitted(self) -> None:
         committed = {path.name for path in self._layout.table(EVENTS.name).glob("*.parquet")}
         for name in TABLES:
-            for path in self._layout.table(name).iterdir():
+            table = self._layout.table(name)
+            for path in (*table.glob("*.parquet"), *table.glob(".*.tmp")):
                 if path.name not in committed:
                     path.unlink(missing_ok=True)
 

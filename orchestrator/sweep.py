@@ -164,8 +164,8 @@ class Driver:
         self._store.commit(rows)
         if stopping:
             raise BitatlasError(
-                f"a worker could not write to {self._layout.root} ({stopping.message}); what is done is kept and readable: "
-                "mend the disk and run the same command again"
+                f"a worker could not write to {self._layout.root} ({stopping.message}); what is done is kept and "
+                "readable: mend the disk and run the same command again"
             )
 
     def _finish(self, schedule: Schedule, completion: Completion, rows: dict[str, list[dict[str, Any]]]) -> None:

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.devices import Claim
 from orchestrator.artifacts import Artifact, ArtifactWriter, find_artifact
+from orchestrator.errors import BitatlasError
 from orchestrator.inputs import Inputs, evaluation_windows_of
 from orchestrator.layout import Layout
 from orchestrator.memory import PeakMemory
-from orchestrator.plan import Cell, Job
+from orchestrator.plan import Job
 from orchestrator.scheme import Scheme
 
 if TYPE_CHECKING:
@@ -44,13 +45,7 @@ def payload_of(job: Job, inputs: Inputs, layout: Layout) -> dict[str, Any]:
             raise AssertionError("an evaluate job has an evaluation")
         payload["evaluation"] = job.evaluation.model_dump(mode="json")
         payload["windows"] = evaluation_windows_of(inputs, cell.model, job.evaluation)
-        payload["seed"] = seed_of(cell)
     return payload
-
-
-def seed_of(cell: Cell) -> int:
-    """The seed that few-shot sampling and calibration share."""
-    return cell.calibration.seed if cell.calibration else 0
 
 
 class Worker:
@@ -90,14 +85,20 @@ class Worker:
         return outcome | {"peak_memory_bytes": memory.peak_bytes}
 
     def _load(self, model: Mapping[str, str]) -> PreTrainedModel:
+        from orchestrator.models.checkpoint import checkpoint_digest
         from orchestrator.models.loading import load_model, load_tokenizer
-        from orchestrator.models.source import resolve_model
+        from orchestrator.models.source import node_cache, resolve_model
 
         if self._digest != model["digest"] or self._model is None:
             self._report("loading the model")
             self._remove_artifact()
             self._model = None
             directory = resolve_model(model["source"], f"model {model['source']}")
+            if checkpoint_digest(directory, node_cache()) != model["digest"]:
+                raise BitatlasError(
+                    f"model {model['source']} is not the one that was planned: this node holds another version, or it "
+                    "changed during the sweep; make them equal and run the same command again"
+                )
             loaded = load_model(directory, model["dtype"])
             self._model = loaded.to(self._device.torch_device)
             self._tokenizer = load_tokenizer(directory)
@@ -156,7 +157,7 @@ class Worker:
         else:
             cost = self._install(model, Path(payload["artifact"]))
         evaluation = payload["evaluation"]
-        measured = self._task(evaluation, payload) if "name" in evaluation else self._perplexity(evaluation, payload)
+        measured = self._task(evaluation) if "name" in evaluation else self._perplexity(evaluation, payload)
         return {"reused": False, **cost, **measured}
 
     def _install(self, model: PreTrainedModel, directory: Path) -> dict[str, Any]:
@@ -194,7 +195,7 @@ class Worker:
         }
         return {"metrics": [metric], "items": items, "protocol": protocol}
 
-    def _task(self, evaluation: Mapping[str, Any], payload: Mapping[str, Any]) -> dict[str, Any]:
+    def _task(self, evaluation: Mapping[str, Any]) -> dict[str, Any]:
         import importlib.metadata
 
         from evaluators.harness import evaluate_task
@@ -205,7 +206,6 @@ class Worker:
             evaluation["name"],
             limit=evaluation["limit"],
             num_fewshot=evaluation["num_fewshot"],
-            seed=payload["seed"],
             progress=self._progress(f"{evaluation['name']}: request"),
         )
         metrics = [

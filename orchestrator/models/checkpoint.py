@@ -20,6 +20,8 @@ def weight_files(directory: Path) -> list[Path]:
     index = directory / _INDEX
     if index.exists():
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        if any("/" in name or not name.endswith(".safetensors") for name in names):
+            raise ValueError(f"{_INDEX} names a file that is no safetensors file of this directory")
         return [directory / name for name in names]
     return sorted(directory.glob("*.safetensors"))
 
@@ -36,6 +38,10 @@ def check_checkpoint(directory: Path, where: str) -> None:
     config = read_config(directory, where)
     if "model_type" not in config:
         raise BitatlasError(f"{subject}: config.json has no model_type")
+    if "quantization_config" in config:
+        raise BitatlasError(
+            f"{subject} is quantized already (config.json has a quantization_config); give the original"
+        )
     try:
         files = weight_files(directory)
     except (ValueError, KeyError, TypeError, AttributeError) as error:

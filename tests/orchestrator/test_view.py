@@ -101,7 +101,7 @@ def test_the_live_table_shows_workers_jobs_and_failures(plan):
         schedule.next_for("cpu-0@host")
         live.update(schedule, {"cpu-0@host": "quantizing block 3/30"})
         shown = Console(record=True, width=120, file=io.StringIO())
-        shown.print(live._draw(schedule, {"cpu-0@host": "quantizing block 3/30"}))
+        shown.print(live._draw(schedule))
         text = shown.export_text()
         assert "0/8" in text
         assert "0 of 3 cells" in text
