@@ -57,11 +57,12 @@ def measure(root):
             out = scratch / folder
             console.print(f"{name} ...")
             arguments = [] if command is peer else [str(out)]
-            subprocess.run(
-                [*command, *arguments], check=True, cwd=root, env=os.environ | ONE_THREAD, stdout=subprocess.DEVNULL
-            )
+            with (root / "outputs" / "benchmarks" / "gptq.log").open("a") as log:
+                subprocess.run(
+                    [*command, *arguments], check=True, cwd=root, env=os.environ | ONE_THREAD, stdout=log, stderr=log
+                )
             runs[name] = json.loads((out / "result.json").read_text())
-        if runs["llm-compressor"]["rtn_fallbacks"]:
+        if runs["llm-compressor"]["settings"]["rtn_fallbacks"]:
             raise SystemExit("the peer fell back to RTN on some layers: no comparison")
         checkpoints = {"fp": directory, "ours": scratch / "ours", "llm-compressor": scratch / "peer"}
         perplexity = {name: _perplexity(root, path, scratch / "held_out.npy") for name, path in checkpoints.items()}
