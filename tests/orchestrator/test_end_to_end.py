@@ -235,6 +235,37 @@ def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(undisturbed, sweep_file
     assert values(out) == values(undisturbed[0])
 
 
+RUNNING_CLUSTER = """
+import sys
+from ray.cluster_utils import Cluster
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "resources": {"NPU": 1}})
+cluster.add_node(num_cpus=1, resources={"NPU": 1})
+print("address", cluster.address, flush=True)
+sys.stdin.read()
+cluster.shutdown()
+"""
+
+
+def test_joins_a_running_cluster_of_two_nodes(undisturbed, sweep_file, tmp_path):
+    checkpoint = yaml.safe_load(sweep_file.read_text())["models"][0]["source"]
+    file = write_sweep(tmp_path / "npu.yaml", checkpoint, workers={"device": "simulated-npu"})
+    with subprocess.Popen(
+        [sys.executable, "-c", RUNNING_CLUSTER],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as cluster:
+        address = next(line.split()[1] for line in cluster.stdout if line.startswith("address"))
+        code, output = run(file, tmp_path / "out", "--address", address)
+        cluster.communicate(timeout=60)
+    assert code == 0, output
+    assert {row["device"].partition(" on ")[0] for row in read_table(tmp_path / "out", RESULTS).to_pylist()} == {
+        "simulated NPU"
+    }
+    assert values(tmp_path / "out") == values(undisturbed[0])
+
+
 def test_another_sweep_is_not_overwritten(undisturbed, sweep_file, tmp_path):
     out, _, _ = undisturbed
     checkpoint = yaml.safe_load(sweep_file.read_text())["models"][0]["source"]
