@@ -65,7 +65,9 @@ def run_command(
         address=address,
     ) as session:
         if session.dashboard:
-            console.print(f"Ray dashboard: {session.dashboard}", highlight=False)
+            console.print(
+                f"Ray dashboard: {session.dashboard} (if it asks for a token: ray get-auth-token)", highlight=False
+            )
         with console.status(f"starting {session.count} {session.kind.name} workers ..."):
             pool = RayPool(session, FACTORY)
         try:
