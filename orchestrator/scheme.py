@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +46,11 @@ class Scheme:
     scale_dtype: str = "float16"
     tail_group: bool = False
     options: str = "{}"
-    needs_calibration: bool = field(default=False, compare=False)
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether its method looks at data."""
+        return self.build().needs_calibration
 
     def build(self) -> Method:
         """The quantizer this scheme names."""
@@ -120,7 +124,6 @@ def parse_scheme(fields: dict[str, Any], where: str) -> Scheme:
             scale_dtype=_typed(fields.get("scale_dtype", "float16"), str, f"{where}.scale_dtype"),
             tail_group=_typed(fields.get("tail_group", False), bool, f"{where}.tail_group"),
             options=_options(METHODS[method], fields.get("options", {}), f"{where}.options"),
-            needs_calibration=bool(METHODS[method].needs_hessian),
         )
         scheme.build()  # the grid and the method check their own values
     except QuantizationError as error:

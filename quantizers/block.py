@@ -6,7 +6,7 @@ own modules run, with a stage's output linear swapped for the identity while its
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,25 +15,22 @@ from torch import Tensor, nn
 
 from quantizers.families import Family, blocks_of
 
-# Called with the names of a stage's linears and an iterator over their shared inputs, one batch of windows at a time.
-StageVisitor = Callable[[tuple[str, ...], Iterator[Tensor]], None]
+# A stage's linears, and an iterator over their shared inputs, one batch of windows at a time.
+Stage = tuple[tuple[str, ...], Iterator[Tensor]]
 
 
-def run_block(
-    block: nn.Module,
-    family: Family,
-    hidden: list[Tensor],
-    arguments: Sequence[Mapping[str, Any]],
-    visit: StageVisitor | None = None,
-) -> None:
-    """Run one block over all batches, in place, visiting each stage's inputs before that stage's linears run.
+def walk_block(
+    block: nn.Module, family: Family, hidden: list[Tensor], arguments: Sequence[Mapping[str, Any]]
+) -> Iterator[Stage]:
+    """Run one block over all batches, in place, stopping before each stage's linears run.
 
-    The visitor may replace the weights of the stage it is given: what follows uses the new ones.
+    The caller may replace the weights of the stage it is given: what follows uses the new ones. Two walks can go in
+    step (`zip`): the same block with float and with quantized weights. The block's output is in `hidden` once the
+    iterator is exhausted.
 
     Args:
         hidden: residual stream, one [windows, tokens, hidden] tensor per batch; replaced by the block's output.
         arguments: the block's keyword arguments (mask, positions) per batch.
-        visit: None to run the block without looking.
     """
     attention_norm = block.get_submodule(family.attention_norm)
     mlp_norm = block.get_submodule(family.mlp_norm)
@@ -43,29 +40,29 @@ def run_block(
     output, down = block.get_submodule(family.attention_output), block.get_submodule(family.mlp_output)
     attention_inputs, attention_output, mlp_inputs, mlp_output = family.stages
 
-    if visit:
-        visit(attention_inputs, (attention_norm(batch) for batch in hidden))
+    yield attention_inputs, (attention_norm(batch) for batch in hidden)
     with _identity(block, family.attention_output):
         mixed = [
             attention(hidden_states=attention_norm(batch), **extra)[0]
             for batch, extra in zip(hidden, arguments, strict=True)
         ]
-    if visit:
-        visit(attention_output, iter(mixed))
+    yield attention_output, iter(mixed)
     for index, batch in enumerate(mixed):
         hidden[index] = hidden[index] + after_attention(output(batch))
     del mixed
 
-    if visit:
-        visit(mlp_inputs, (mlp_norm(batch) for batch in hidden))
-        with _identity(block, family.mlp_output):
-            gated = [mlp(mlp_norm(batch)) for batch in hidden]
-        visit(mlp_output, iter(gated))
-        for index, batch in enumerate(gated):
-            hidden[index] = hidden[index] + after_mlp(down(batch))
-    else:
-        for index, batch in enumerate(hidden):
-            hidden[index] = batch + after_mlp(mlp(mlp_norm(batch)))
+    yield mlp_inputs, (mlp_norm(batch) for batch in hidden)
+    with _identity(block, family.mlp_output):
+        gated = [mlp(mlp_norm(batch)) for batch in hidden]
+    yield mlp_output, iter(gated)
+    for index, batch in enumerate(gated):
+        hidden[index] = hidden[index] + after_mlp(down(batch))
+
+
+def run_block(block: nn.Module, family: Family, hidden: list[Tensor], arguments: Sequence[Mapping[str, Any]]) -> None:
+    """Run one block over all batches, in place: `walk_block` without looking."""
+    for _ in walk_block(block, family, hidden, arguments):
+        pass
 
 
 def _optional(block: nn.Module, name: str | None) -> nn.Module:

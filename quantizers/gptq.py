@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -16,12 +16,23 @@ from torch import Tensor
 from quantizers.errors import QuantizationError
 from quantizers.grid import Grid, decode, encode, fit_grid, fit_group
 from quantizers.linalg import inverse_cholesky
-from quantizers.method import MethodOutcome
+from quantizers.method import Folding, MethodOutcome
 from quantizers.quantized_weight import QuantizedWeight
+from quantizers.statistics import InputStatistics
+
+
+class Asymmetry(Protocol):
+    """What GPTAQ adds to GPTQ's column loop."""
+
+    def forward(self, inverse_UII: Tensor, order: Tensor, unseen: Tensor) -> Tensor:
+        """P, strictly upper triangular, in the order of the columns."""
+
+    def carried(self, work_BO: Tensor, codes_BO: Tensor, scale_BO: Tensor, zero_BO: Tensor, grid: Grid) -> Tensor:
+        """The column values that a block hands on to later blocks."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gptq:
+class Gptq(Folding):
     """GPTQ's options.
 
     Args:
@@ -43,7 +54,12 @@ class Gptq:
 
     name: ClassVar[str] = "gptq"
     code_version: ClassVar[str] = "gptq/1"
-    needs_hessian: ClassVar[bool] = True
+    needs_calibration: ClassVar[bool] = True
+
+    @property
+    def needs_drift(self) -> bool:
+        """Only to fold errors."""
+        return self.fold > 0
 
     def __post_init__(self) -> None:
         """Check the fields.
@@ -51,6 +67,7 @@ class Gptq:
         Raises:
             QuantizationError: a value outside its rule.
         """
+        super().__post_init__()
         if not 0 < self.damping <= 1:
             raise QuantizationError(f"options.damping = {self.damping} must be above 0 and at most 1")
         if self.block_size < 1:
@@ -61,35 +78,40 @@ class Gptq:
         one_group = self.grid.group_columns(in_features) >= in_features
         return self.act_order and not self.static_groups and not one_group
 
-    def quantize(self, weights: Sequence[Tensor], hessian_II: Tensor | None) -> MethodOutcome:
+    def quantize(self, weights: Sequence[Tensor], statistics: InputStatistics | None) -> MethodOutcome:
         """Quantize linears that share an input as one stacked matrix: rows do not interact in GPTQ.
 
         Raises:
             QuantizationError: the Hessian cannot be factorized, or a scale overflows.
         """
-        if hessian_II is None:
-            raise AssertionError("GPTQ needs the Hessian of its inputs")
-        stacked, damping = gptq(torch.cat(list(weights)), hessian_II, self)
-        rows = [weight.shape[0] for weight in weights]
-        parts = [
-            QuantizedWeight(grid=self.grid, codes_OI=codes, scale_OG=scale, zero_OG=zero, column_group_I=group)
-            for codes, scale, zero, group in zip(
-                torch.split(stacked.codes_OI, rows),
-                torch.split(stacked.scale_OG, rows),
-                torch.split(stacked.zero_OG, rows) if stacked.zero_OG is not None else [None] * len(rows),
-                [stacked.column_group_I] * len(rows),
-                strict=True,
-            )
-        ]
-        return MethodOutcome(weights=parts, damping=damping)
+        if statistics is None:
+            raise AssertionError("GPTQ needs the statistics of its inputs")
+        stacked, damping = gptq(torch.cat(list(weights)), statistics.hessian_II, self)
+        return MethodOutcome(weights=split_rows(stacked, weights), damping=damping)
 
 
-def gptq(weight_OI: Tensor, hessian_II: Tensor, options: Gptq) -> tuple[QuantizedWeight, float]:
+def split_rows(stacked: QuantizedWeight, weights: Sequence[Tensor]) -> list[QuantizedWeight]:
+    """Take a stacked matrix apart again: one quantized weight per original, in their order."""
+    rows = [weight.shape[0] for weight in weights]
+    zeros = [None] * len(rows) if stacked.zero_OG is None else torch.split(stacked.zero_OG, rows)
+    parts = zip(torch.split(stacked.codes_OI, rows), torch.split(stacked.scale_OG, rows), zeros, strict=True)
+    return [
+        QuantizedWeight(
+            grid=stacked.grid, codes_OI=codes, scale_OG=scale, zero_OG=zero, column_group_I=stacked.column_group_I
+        )
+        for codes, scale, zero in parts
+    ]
+
+
+def gptq(
+    weight_OI: Tensor, hessian_II: Tensor, options: Gptq, asymmetry: Asymmetry | None = None
+) -> tuple[QuantizedWeight, float]:
     """Quantize one matrix against the Hessian of its inputs.
 
     Args:
         weight_OI: finite float32 weights.
         hessian_II: symmetric positive semi-definite float32; not modified.
+        asymmetry: what GPTAQ adds (see `gptaq.py`); None is GPTQ.
     Returns:
         the quantized weight, and the damping that was used.
     Raises:
@@ -108,6 +130,7 @@ def gptq(weight_OI: Tensor, hessian_II: Tensor, options: Gptq) -> tuple[Quantize
     else:
         order = torch.arange(in_features, device=weight_OI.device)
     inverse_UII, damping = inverse_cholesky(hessian_II[order][:, order], options.damping)
+    forward_PII = asymmetry.forward(inverse_UII, order, unseen) if asymmetry else None
 
     size = grid.group_columns(in_features)
     static = options.static_groups or size >= in_features
@@ -127,15 +150,20 @@ def gptq(weight_OI: Tensor, hessian_II: Tensor, options: Gptq) -> tuple[Quantize
         if not static and start % size == 0:
             scale, zero = fit_group(work_IO[start : start + size].T, grid)
             scale_GO[start // size], zero_GO[start // size] = scale, zero
+        scale_BO, zero_BO = scale_GO[column_group_I[start:stop]], zero_GO[column_group_I[start:stop]]
         error_BO = _quantize_block(
             work_IO[start:stop],
             codes_IO[start:stop],
             inverse_UII[start:stop, start:stop],
-            scale_GO[column_group_I[start:stop]],
-            zero_GO[column_group_I[start:stop]],
+            None if forward_PII is None else forward_PII[start:stop, start:stop],
+            scale_BO,
+            zero_BO,
             grid,
         )
         work_IO[stop:].addmm_(inverse_UII[start:stop, stop:].T, error_BO, alpha=-1)
+        if asymmetry and forward_PII is not None:
+            carried_BO = asymmetry.carried(work_IO[start:stop], codes_IO[start:stop], scale_BO, zero_BO, grid)
+            work_IO[stop:].addmm_(forward_PII[start:stop, stop:].T, carried_BO)
 
     codes_OI = torch.empty((out_features, in_features), dtype=torch.uint8, device=weight_OI.device)
     codes_OI[:, order] = codes_IO.T.to(torch.uint8)
@@ -164,13 +192,24 @@ def _blocks(in_features: int, block_size: int, group_size: int | None) -> Iterat
 
 
 def _quantize_block(
-    work_BO: Tensor, codes_BO: Tensor, inverse_BB: Tensor, scale_BO: Tensor, zero_BO: Tensor, grid: Grid
+    work_BO: Tensor,
+    codes_BO: Tensor,
+    inverse_BB: Tensor,
+    forward_BB: Tensor | None,
+    scale_BO: Tensor,
+    zero_BO: Tensor,
+    grid: Grid,
 ) -> Tensor:
-    """Quantize a block's columns in turn, in place; return the scaled errors (algorithm 1, inner loop)."""
+    """Quantize a block's columns in turn, in place; return the scaled errors (algorithm 1, inner loop).
+
+    Afterwards `work_BO` holds each column as it was when it was quantized.
+    """
     error_BO = torch.empty_like(work_BO)
     for i in range(work_BO.shape[0]):
-        if i:  # the correction by all earlier columns of the block, as one matrix-vector product
+        if i:  # the corrections by all earlier columns of the block, as matrix-vector products
             work_BO[i].addmv_(error_BO[:i].T, inverse_BB[:i, i], alpha=-1)
+            if forward_BB is not None:
+                work_BO[i].addmv_(work_BO[:i].T, forward_BB[:i, i])
         codes = encode(work_BO[i], scale_BO[i], zero_BO[i], grid)
         codes_BO[i] = codes
         error_BO[i] = (work_BO[i] - decode(codes, scale_BO[i], zero_BO[i])) / inverse_BB[i, i]

@@ -10,28 +10,38 @@ import torch
 from torch import Tensor
 
 from quantizers.grid import Grid, encode, expand_groups, fit_grid
-from quantizers.method import MethodOutcome
+from quantizers.method import Folding, MethodOutcome
 from quantizers.quantized_weight import QuantizedWeight
+from quantizers.statistics import InputStatistics
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rtn:
-    """Round-to-nearest. Options only: no tensors, devices, logs or IO."""
+class Rtn(Folding):
+    """Round-to-nearest; without folding it looks at no data. Options only: no tensors, devices, logs or IO."""
 
     grid: Grid
 
     name: ClassVar[str] = "rtn"
     code_version: ClassVar[str] = "rtn/1"
-    needs_hessian: ClassVar[bool] = False
     true_sequential: ClassVar[bool] = True
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Only to fold errors."""
+        return self.fold > 0
+
+    @property
+    def needs_drift(self) -> bool:
+        """Only to fold errors."""
+        return self.fold > 0
 
     def stores_column_groups(self, in_features: int) -> bool:
         """Never: groups are consecutive columns."""
         return False
 
-    def quantize(self, weights: Sequence[Tensor], hessian_II: Tensor | None) -> MethodOutcome:
-        """Quantize linears that share an input; the Hessian is not looked at."""
-        del hessian_II
+    def quantize(self, weights: Sequence[Tensor], statistics: InputStatistics | None) -> MethodOutcome:
+        """Quantize linears that share an input, of which nothing is looked at."""
+        del statistics
         return MethodOutcome(weights=[round_to_nearest(weight, self.grid) for weight in weights], damping=None)
 
 

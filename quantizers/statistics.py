@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -36,3 +38,39 @@ class Hessian:
         upper = torch.triu(self._sum_II)
         full = upper + torch.triu(upper, 1).T
         return full.mul_(2.0 / max(self._num_sequences, 1))
+
+
+class Drift:
+    """D = (2/n) sum (Xf - X) X^T: how far the inputs X of the quantized model have drifted from the float ones Xf.
+
+    Source: Li et al. 2025 (GPTAQ), arXiv:2504.02692; Arai and Ichikawa 2025 (QEP), arXiv:2504.09629.
+    """
+
+    def __init__(self, in_features: int, device: torch.device) -> None:
+        """Start with no sequences."""
+        self._sum_II = torch.zeros((in_features, in_features), dtype=torch.float32, device=device)
+        self._num_sequences = 0
+
+    def update(self, inputs_NTI: Tensor, float_inputs_NTI: Tensor) -> None:
+        """Add sequences: the same tokens in the quantized and in the float model, [sequences, tokens, in_features]."""
+        inputs = inputs_NTI.reshape(-1, inputs_NTI.shape[-1]).float()
+        drift = float_inputs_NTI.reshape(inputs.shape).float() - inputs
+        self._sum_II.addmm_(drift.T, inputs)
+        self._num_sequences += inputs_NTI.shape[0]
+
+    def value(self) -> Tensor:
+        """The float32 [I, I] matrix; not symmetric."""
+        return self._sum_II * (2.0 / max(self._num_sequences, 1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputStatistics:
+    """What a method is told of the inputs that the linears of one stage share.
+
+    Args:
+        hessian_II: `Hessian.value()` of the inputs in the quantized model.
+        drift_II: `Drift.value()`; None where the method does not ask for it.
+    """
+
+    hessian_II: Tensor
+    drift_II: Tensor | None = None

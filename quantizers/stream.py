@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantizers.block import record_inputs, run_block
+from quantizers.block import Stage, record_inputs, run_block, walk_block
 from quantizers.errors import QuantizationError
 from quantizers.families import Family, blocks_of, family_of, linear_at
+from quantizers.folding import fold_errors
 from quantizers.method import Method
 from quantizers.quantized_weight import QuantizedWeight
-from quantizers.statistics import Hessian
+from quantizers.statistics import Drift, Hessian, InputStatistics
 
 # Tokens that go through a block at once: large enough for efficient products, small enough for the cache.
 _TOKENS_PER_BATCH = 4096
@@ -58,7 +60,7 @@ def quantize_blocks(
     Args:
         model: a transformers causal LM whose `config.model_type` has a row in `families.py`.
         method: a method with its options.
-        windows: int64 [windows, tokens] calibration tokens; None is fine where `method.needs_hessian` is false.
+        windows: int64 [windows, tokens] calibration tokens; None is fine where `method.needs_calibration` is false.
         progress: called with (blocks done, blocks) before each block and at the end.
     Raises:
         QuantizationError: unknown family, a group size that does not fit, non-finite weights or activations
@@ -68,66 +70,91 @@ def quantize_blocks(
     blocks = blocks_of(model, family)
     check_model(model, method)
     hidden: list[Tensor] = []
+    float_hidden: list[Tensor] | None = None
     arguments: list[list[dict[str, Any]]] = []
-    if method.needs_hessian:
+    if method.needs_calibration:
         if windows is None:
             raise QuantizationError("this method needs calibration data and none was given")
         per_batch = max(1, _TOKENS_PER_BATCH // windows.shape[1])
         hidden, arguments = record_inputs(model, family, list(torch.split(windows, per_batch)))
+        float_hidden = list(hidden) if method.needs_drift else None
     for index, block in enumerate(blocks):
         if progress:
             progress(index, len(blocks))
         prefix = f"{family.blocks}.{index}."
-        if method.needs_hessian:
+        if method.needs_calibration:
             with _weights_put_back(block, family):
-                yield _quantize_block(block, family, method, hidden, arguments[index], prefix)
+                streams = _Streams(hidden=hidden, float_hidden=float_hidden, arguments=arguments[index])
+                yield _quantize_block(block, family, method, streams, prefix)
         else:
             yield [linear for stage in family.stages for linear in _quantize_stage(block, stage, method, None, prefix)]
     if progress:
         progress(len(blocks), len(blocks))
 
 
-def _quantize_block(
-    block: nn.Module,
-    family: Family,
-    method: Method,
-    hidden: list[Tensor],
-    arguments: Sequence[Mapping[str, Any]],
-    prefix: str,
-) -> list[QuantizedLinear]:
-    results: list[QuantizedLinear] = []
-    pending: list[tuple[tuple[str, ...], Tensor]] = []
+@dataclass(frozen=True, kw_only=True)
+class _Streams:
+    """A block's inputs per batch in the quantized model and, where drift is wanted, in the float model."""
 
-    def install(stage: tuple[str, ...], hessian_II: Tensor) -> None:
-        for linear in _quantize_stage(block, stage, method, hessian_II, prefix):
+    hidden: list[Tensor]
+    float_hidden: list[Tensor] | None
+    arguments: Sequence[Mapping[str, Any]]
+
+
+def _quantize_block(
+    block: nn.Module, family: Family, method: Method, streams: _Streams, prefix: str
+) -> list[QuantizedLinear]:
+    """Quantize the linears of a block and move the streams on to the next one."""
+    results: list[QuantizedLinear] = []
+
+    def install(stage: tuple[str, ...], statistics: InputStatistics) -> None:
+        for linear in _quantize_stage(block, stage, method, statistics, prefix):
             module = linear_at(block, linear.name.removeprefix(prefix))
             decoded = linear.weight.decode().to(module.weight.dtype)
             module.weight = nn.Parameter(decoded, requires_grad=False)
             results.append(linear)
 
-    def visit(stage: tuple[str, ...], inputs: Iterator[Tensor]) -> None:
+    float_walk: Iterator[Stage] | None = None
+    if streams.float_hidden is not None:  # a twin keeps the float weights while the block's own are replaced
+        float_walk = walk_block(copy.deepcopy(block), family, streams.float_hidden, streams.arguments)
+    # Not true-sequential: all statistics come from the float block; its output is dropped.
+    hidden = streams.hidden if method.true_sequential else list(streams.hidden)
+    pending: list[tuple[tuple[str, ...], InputStatistics]] = []
+    for stage, inputs in walk_block(block, family, hidden, streams.arguments):
         # Before this stage runs: a weight that is not finite would spoil, and so blame, the inputs of the next.
         _check_finite(block, stage, prefix)
-        weight = linear_at(block, stage[0]).weight
-        hessian = Hessian(weight.shape[1], weight.device)
-        for batch in inputs:
-            hessian.update(batch)
-        hessian_II = hessian.value()
-        if not torch.isfinite(hessian_II.diagonal()).all():
-            raise QuantizationError(f"the calibration inputs of {prefix}{stage[0]} hold NaN or infinity")
+        statistics = _collect(block, stage, inputs, next(float_walk)[1] if float_walk else None, prefix)
         if method.true_sequential:
-            install(stage, hessian_II)
+            install(stage, statistics)
         else:
-            pending.append((stage, hessian_II))
-
-    if method.true_sequential:
-        run_block(block, family, hidden, arguments, visit)
-    else:
-        run_block(block, family, list(hidden), arguments, visit)  # the float block's inputs; its output is dropped
-        for stage, hessian_II in pending:
-            install(stage, hessian_II)
-        run_block(block, family, hidden, arguments)
+            pending.append((stage, statistics))
+    for _ in float_walk or ():
+        raise AssertionError("the float walk has more stages than the quantized one")
+    if not method.true_sequential:
+        for stage, statistics in pending:
+            install(stage, statistics)
+        run_block(block, family, streams.hidden, streams.arguments)
     return results
+
+
+def _collect(
+    block: nn.Module,
+    stage: tuple[str, ...],
+    inputs: Iterator[Tensor],
+    float_inputs: Iterator[Tensor] | None,
+    prefix: str,
+) -> InputStatistics:
+    weight = linear_at(block, stage[0]).weight
+    hessian = Hessian(weight.shape[1], weight.device)
+    drift = Drift(weight.shape[1], weight.device) if float_inputs is not None else None
+    for batch in inputs:
+        hessian.update(batch)
+        if drift is not None and float_inputs is not None:
+            drift.update(batch, next(float_inputs))
+    statistics = InputStatistics(hessian_II=hessian.value(), drift_II=drift.value() if drift else None)
+    if not torch.isfinite(statistics.hessian_II.diagonal()).all():
+        raise QuantizationError(f"the calibration inputs of {prefix}{stage[0]} hold NaN or infinity")
+    return statistics
 
 
 def _check_finite(block: nn.Module, stage: tuple[str, ...], prefix: str) -> None:
@@ -137,17 +164,20 @@ def _check_finite(block: nn.Module, stage: tuple[str, ...], prefix: str) -> None
 
 
 def _quantize_stage(
-    block: nn.Module, stage: tuple[str, ...], method: Method, hessian_II: Tensor | None, prefix: str
+    block: nn.Module, stage: tuple[str, ...], method: Method, statistics: InputStatistics | None, prefix: str
 ) -> list[QuantizedLinear]:
     started = time.perf_counter()
     _check_finite(block, stage, prefix)
     weights = [linear_at(block, name).weight.float() for name in stage]
+    targets = weights
+    if method.fold > 0 and statistics is not None:
+        targets = [fold_errors(weight, statistics, method.fold, method.fold_damping) for weight in weights]
     try:
-        outcome = method.quantize(weights, hessian_II)
+        outcome = method.quantize(targets, statistics)
     except QuantizationError as error:
         raise QuantizationError(f"{prefix}{' and '.join(stage)}: {error}") from error
     errors = [
-        _relative_errors(weight, quantized.decode(), hessian_II)
+        _relative_errors(weight, quantized.decode(), statistics.hessian_II if statistics else None)
         for weight, quantized in zip(weights, outcome.weights, strict=True)
     ]
     seconds = (time.perf_counter() - started) / len(stage)

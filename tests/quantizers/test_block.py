@@ -1,10 +1,12 @@
 """Running blocks stage by stage: the same numbers as the model's own forward, and nothing left changed."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
-from quantizers.block import record_inputs, run_block
+from quantizers.block import record_inputs, run_block, walk_block
 from quantizers.families import blocks_of, family_of, linear_at
 
 
@@ -30,6 +32,15 @@ def outputs_of_blocks(model, tokens):
     return outputs, final
 
 
+def walk(block, family, hidden, arguments, visit):
+    """Run a block, showing each stage to `visit`; without one, not looking at all."""
+    if visit is None:
+        run_block(block, family, hidden, arguments)
+        return
+    for stage, inputs in walk_block(block, family, hidden, arguments):
+        visit(stage, inputs)
+
+
 def ignore(_, inputs):
     for _ in inputs:
         pass
@@ -43,7 +54,7 @@ def test_equals_the_forward_of_the_model(any_model, windows, visit):
     hidden, arguments = record_inputs(any_model, family, batches)
     expected = [outputs_of_blocks(any_model, batch) for batch in batches]
     for index, block in enumerate(blocks_of(any_model, family)):
-        run_block(block, family, hidden, arguments[index], visit)
+        walk(block, family, hidden, arguments[index], visit)
         for batch, (outputs, _) in zip(hidden, expected, strict=True):
             assert torch.equal(batch, outputs[index])
     for batch, (_, final) in zip(hidden, expected, strict=True):
@@ -87,7 +98,7 @@ def test_visitor_sees_the_inputs_of_every_linear(any_model, windows):
                 assert len(inputs) == len(batches)
                 assert all(map(torch.equal, inputs, expected[visited[-1]]))
 
-        run_block(block, family, hidden, arguments[index], check)
+        walk(block, family, hidden, arguments[index], check)
     assert sorted(visited) == sorted(expected)
 
 
@@ -95,7 +106,7 @@ def test_a_visitor_that_looks_away_changes_nothing(llama, windows):
     family = family_of(llama)
     hidden, arguments = record_inputs(llama, family, [windows])
     expected, _ = outputs_of_blocks(llama, windows)
-    run_block(llama.model.layers[0], family, hidden, arguments[0], lambda *_: None)
+    walk(llama.model.layers[0], family, hidden, arguments[0], lambda *_: None)
     assert torch.equal(hidden[0], expected[0])
 
 
@@ -110,7 +121,7 @@ def test_new_weights_are_used_from_their_stage_on(any_model, windows):
             linear = linear_at(block, name)
             linear.weight = nn.Parameter(linear.weight / 2, requires_grad=False)
 
-    run_block(block, family, hidden, arguments[0], halve)
+    walk(block, family, hidden, arguments[0], halve)
     outputs, _ = outputs_of_blocks(any_model, windows)  # with the halved weights now in place
     assert torch.equal(hidden[0], outputs[0])
 
@@ -126,7 +137,7 @@ def test_modules_are_restored_when_a_visitor_fails(llama, windows, failing):
             raise RuntimeError("visitor")
 
     with pytest.raises(RuntimeError, match="visitor"):
-        run_block(llama.model.layers[0], family, hidden, arguments[0], fail)
+        walk(llama.model.layers[0], family, hidden, arguments[0], fail)
     assert modules_of(llama) == before
 
 
@@ -141,7 +152,7 @@ def test_modules_are_restored_when_a_module_fails(llama, windows, failing):
 
     llama.model.layers[0].get_submodule(failing).register_forward_pre_hook(fail)
     with pytest.raises(RuntimeError, match="module"):
-        run_block(llama.model.layers[0], family, hidden, arguments[0], ignore)
+        walk(llama.model.layers[0], family, hidden, arguments[0], ignore)
     assert modules_of(llama) == before
 
 
@@ -160,3 +171,25 @@ def test_recording_runs_no_block_and_restores_them(llama, windows):
     with pytest.raises(IndexError):
         record_inputs(llama, family_of(llama), [torch.tensor([[96]])])  # beyond the vocabulary
     assert modules_of(llama) == before
+
+
+def test_two_walks_in_step(llama, windows):
+    """The float twin of a block whose weights are being replaced keeps the float inputs."""
+    family = family_of(llama)
+    hidden, arguments = record_inputs(llama, family, [windows])
+    block, twin = llama.model.layers[0], copy.deepcopy(llama.model.layers[0])
+    float_hidden = list(hidden)
+    plain = [next(inputs) for _, inputs in walk_block(copy.deepcopy(block), family, list(hidden), arguments[0])]
+    pairs = zip(
+        walk_block(block, family, hidden, arguments[0]),
+        walk_block(twin, family, float_hidden, arguments[0]),
+        strict=True,
+    )
+    for index, ((stage, inputs), (_, float_inputs)) in enumerate(pairs):
+        changed, kept = next(inputs), next(float_inputs)
+        assert torch.equal(kept, plain[index])
+        assert torch.equal(changed, kept) == (index == 0)
+        for name in stage:
+            linear = linear_at(block, name)
+            linear.weight = nn.Parameter(linear.weight / 2, requires_grad=False)
+    assert not torch.equal(hidden[0], float_hidden[0])

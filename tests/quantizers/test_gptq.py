@@ -10,6 +10,7 @@ from quantizers.errors import QuantizationError
 from quantizers.gptq import Gptq, gptq
 from quantizers.grid import Grid, fit_group
 from quantizers.rtn import round_to_nearest
+from quantizers.statistics import InputStatistics
 from tests.reference import gptq as reference
 
 
@@ -273,7 +274,7 @@ def test_stacked_linears_equal_separate_ones(make_problem, static_groups, symmet
     weight, hessian = make_problem(10, 24, 64)
     method = Gptq(grid=Grid(bits=3, group_size=16, symmetric=symmetric), static_groups=static_groups)
     weights = list(torch.split(weight, [12, 8, 4]))
-    together = method.quantize(weights, hessian)
+    together = method.quantize(weights, InputStatistics(hessian_II=hessian))
     differ = 0
     for part, quantized in zip(weights, together.weights, strict=True):
         alone, damping = gptq(part, hessian, method)
@@ -301,7 +302,7 @@ def test_higher_rung_of_the_ladder_is_reported(make_problem):
     hessian = (
         hessian - 0.04 * hessian.diagonal().mean() * torch.eye(16) - torch.linalg.eigvalsh(hessian)[0] * torch.eye(16)
     )
-    outcome = Gptq(grid=Grid(bits=4)).quantize([weight], hessian)
+    outcome = Gptq(grid=Grid(bits=4)).quantize([weight], InputStatistics(hessian_II=hessian))
     assert outcome.damping == 0.05
 
 

@@ -8,6 +8,7 @@ import torch
 from quantizers.grid import Grid
 from quantizers.methods import METHODS
 from quantizers.quantized_weight import stored_bytes
+from quantizers.statistics import InputStatistics
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -39,10 +40,12 @@ def test_every_method_keeps_the_contract(make_problem, name, bits, symmetric, gr
     method = METHODS[name](grid=Grid(bits=bits, group_size=group_size, symmetric=symmetric))
     weights = [weight[:8], weight[8:]]
     before = [part.clone() for part in weights], hessian.clone()
-    outcome = method.quantize(weights, hessian if method.needs_hessian else None)
+    drift = 0.1 * torch.randn(48, 48, generator=torch.Generator().manual_seed(1))
+    statistics = InputStatistics(hessian_II=hessian, drift_II=drift if method.needs_drift else None)
+    outcome = method.quantize(weights, statistics if method.needs_calibration else None)
     assert all(torch.equal(part, old) for part, old in zip(weights, before[0], strict=True))
     assert torch.equal(hessian, before[1])
-    assert (outcome.damping is not None) == method.needs_hessian
+    assert (outcome.damping is not None) == method.needs_calibration
     for part, quantized in zip(weights, outcome.weights, strict=True):
         assert quantized.grid == method.grid
         assert quantized.codes_OI.dtype == torch.uint8

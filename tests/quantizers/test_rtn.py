@@ -37,7 +37,7 @@ def test_each_linear_alone_and_no_hessian():
     assert outcome.damping is None
     for weight, quantized in zip(weights, outcome.weights, strict=True):
         assert torch.equal(quantized.decode(), round_to_nearest(weight, method.grid).decode())
-    assert not method.needs_hessian
+    assert not method.needs_calibration
     assert not method.stores_column_groups(32)
 
 

@@ -24,14 +24,17 @@ class Watched:
     true_sequential: bool = True
     grid: Grid = field(default_factory=lambda: Grid(bits=2))
     code_version: str = "watched/1"
-    needs_hessian: bool = True
+    needs_calibration: bool = True
+    needs_drift: bool = False
+    fold: float = 0.0
+    fold_damping: float = 1.0
     hessians: list = field(default_factory=list)
 
     def stores_column_groups(self, in_features):
         return False
 
-    def quantize(self, weights, hessian_II):
-        self.hessians.append(hessian_II.clone())
+    def quantize(self, weights, statistics):
+        self.hessians.append(statistics.hessian_II.clone())
         return MethodOutcome(weights=[round_to_nearest(weight, self.grid) for weight in weights], damping=0.25)
 
 
@@ -218,10 +221,10 @@ def test_weights_are_put_back_after_an_exception(llama, windows, stage, true_seq
     modules = [id(module) for module in llama.modules()]
 
     class Failing(Watched):
-        def quantize(self, weights, hessian_II):
+        def quantize(self, weights, statistics):
             if len(self.hessians) == stage:
                 raise QuantizationError("this one fails")
-            return super().quantize(weights, hessian_II)
+            return super().quantize(weights, statistics)
 
     names = " and ".join(family_of(llama).stages[stage % 4])
     with pytest.raises(QuantizationError, match=f"layers.{stage // 4}.{names}: this one fails"):
