@@ -78,6 +78,7 @@ def _connect(device: str, count: int | str, threads: int, address: str | None) -
             "lower workers.count or workers.threads"
         )
     context = ray.init(
+        address="local",  # without it Ray would join whatever cluster it finds on this machine, or a stale trace of one
         num_cpus=max(cores, int(resources.get("NPU", 0)) * threads),
         resources=resources or None,
         include_dashboard=True,

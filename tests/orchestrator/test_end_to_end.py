@@ -69,7 +69,8 @@ def start(file, out, *more):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=os.environ | {"COLUMNS": "200"},
+        # A local Ray starts whatever other cluster the environment names: nobody listens on port 9.
+        env=os.environ | {"COLUMNS": "200", "RAY_ADDRESS": "127.0.0.1:9"},
     )
     PROCESSES.append(process)
     return process

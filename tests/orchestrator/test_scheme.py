@@ -30,7 +30,10 @@ REFUSED = [
     (RTN | {"method": {"name": "rtn"}}, ".method = {'name': 'rtn'} is unknown"),
     (RTN | {"options": 3}, ".options = 3: must be a mapping of the method's options"),
     (RTN | {"options": None}, ".options = None: must be a mapping of the method's options"),
-    (RTN | {"options": {"act_order": True}}, ".options: unknown option 'act_order'; this method's options: fold, fold_damping"),
+    (
+        RTN | {"options": {"act_order": True}},
+        ".options: unknown option 'act_order'; this method's options: fold, fold_damping",
+    ),
     (GPTQ | {"options": {"act_ordr": True}}, ".options: unknown option 'act_ordr'; did you mean 'act_order'?; "),
     (GPTQ | {"options": {1: 2}}, ".options: unknown option 1; this method's options: fold, fold_damping, act_order, "),
     (GPTQ | {"options": {"act_order": 1}}, ".options.act_order = 1: must be true or false"),
