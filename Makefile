@@ -8,8 +8,8 @@ STAMP := .venv/.installed
 demo: $(STAMP)-run            ## set up, then run the main job on the packaged model and data
 	.venv/bin/bitatlas demo
 
-# Two at a time, tests that start Ray in one of the two: each process computes on one thread.
-PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest --numprocesses 2 --dist loadgroup
+# Two files at a time; each process computes on one thread.
+PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest --numprocesses 2 --dist loadfile
 
 test: $(STAMP)-dev            ## set up, then run every test
 	$(PYTEST)

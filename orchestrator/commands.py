@@ -104,7 +104,11 @@ def _conclude(summary: Summary, file: Path, out: Path | None, layout: Layout, co
     again = f"bitatlas run {file}" + (f" --out {out}" if out else "")
     if summary.interrupted:
         done = summary.reused + summary.finished
-        console.print(f"stopped: {done} jobs are done, {summary.left} are left; go on with: {again}", highlight=False)
+        console.print(
+            f"stopped: {done} jobs are done, {summary.left} are left; go on with: {again}",
+            highlight=False,
+            soft_wrap=True,
+        )
         return INTERRUPTED
     if report:
         report_command(layout.root, console)
@@ -117,7 +121,7 @@ def _conclude(summary: Summary, file: Path, out: Path | None, layout: Layout, co
     for failure in summary.failures:
         console.print(f"failed: {failure}", style="red", highlight=False, markup=False)
     if summary.failed:
-        console.print(f"try the failed ones again with: {again}", highlight=False)
+        console.print(f"try the failed ones again with: {again}", highlight=False, soft_wrap=True)
     return SOME_FAILED if summary.failed else OK
 
 

@@ -9,7 +9,7 @@ from cluster.errors import ClusterError
 from cluster.ray_pool import RayPool
 from cluster.session import ray_session
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(180), pytest.mark.xdist_group("ray")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 
 
 class EchoWorker:

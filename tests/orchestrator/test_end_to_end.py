@@ -15,7 +15,7 @@ import yaml
 from orchestrator.schema import EVENTS, ITEMS, LAYERS, RESULTS
 from orchestrator.store import read_table
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(240), pytest.mark.xdist_group("ray")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
 BITATLAS = [sys.executable, "-c", "from orchestrator.cli import main; main()"]
 GRID = [
