@@ -38,10 +38,9 @@ def print_status(directory: Path, console: Console) -> int:
     session = sessions[-1]["session"] if alive else None  # what an earlier, killed driver started runs no more
     running = [event for event in latest.values() if event["event"] == "started" and event["session"] == session]
     running = running if alive else []
-    cells = len(sweep.models) * (1 + len(sweep.grid))
     console.print(
         f"{sweep.name}: {len(ended) - len(failed)} jobs done, {len(running)} running, {len(failed)} failed; "
-        f"at most {cells} cells per calibration; {_state(sessions)}",
+        f"{_state(sessions)}",
         highlight=False,
     )
     if running:
