@@ -5,13 +5,12 @@ An artifact is written beside its place and renamed when it is whole, so a direc
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,11 +20,11 @@ from orchestrator.errors import BitatlasError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from quantizers.quantized_weight import QuantizedWeight
-    from quantizers.stream import QuantizedLinear
+    from quantizers.apply import StoredBlock, StoredLinear
+    from quantizers.stream import QuantizedBlock
 
 _MANIFEST = "artifact.json"
-_FORMAT = "bitatlas-artifact/1"
+_FORMAT = "bitatlas-artifact/2"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +32,8 @@ class Artifact:
     """A finished artifact.
 
     Args:
-        manifest: the parsed `artifact.json`: `linears` (name -> shape, grid, file, errors), `files` (name -> sha256),
-            and whatever facts the writer was given.
+        manifest: the parsed `artifact.json`: `linears` (name -> shape, encoding, file, quantized activations, errors),
+            `dense` (changed parameter -> file), `files` (name -> sha256), and whatever facts the writer was given.
     """
 
     directory: Path
@@ -50,16 +49,26 @@ class Artifact:
         """Weights that the artifact stands for."""
         return sum(linear["out_features"] * linear["in_features"] for linear in self.manifest["linears"].values())
 
-    def weights(self) -> Iterator[tuple[str, QuantizedWeight]]:
-        """(name, weight) of every linear, one block in memory at a time.
+    @property
+    def published_bits_per_weight(self) -> float | None:
+        """Mean over all weights by the method's own published convention; None where it has none."""
+        linears = self.manifest["linears"].values()
+        if any(linear["published_bits_per_weight"] is None for linear in linears):
+            return None
+        bits = sum(
+            linear["published_bits_per_weight"] * linear["out_features"] * linear["in_features"] for linear in linears
+        )
+        return float(bits / self.num_weights)
+
+    def blocks(self) -> Iterator[StoredBlock]:
+        """The decoder blocks, one in memory at a time.
 
         Raises:
             BitatlasError: a file is not what was written.
         """
         from safetensors.torch import load_file
 
-        from quantizers.grid import Grid
-        from quantizers.quantized_weight import QuantizedWeight
+        from quantizers.apply import StoredBlock
 
         for file, digest in self.manifest["files"].items():
             path = self.directory / file
@@ -69,11 +78,25 @@ class Artifact:
                     "and run the same command again"
                 )
             tensors = load_file(path)
-            for name, linear in self.manifest["linears"].items():
-                if linear["file"] != file:
-                    continue
-                packed = {part: tensors[f"{name}.{part}"] for part in linear["parts"]}
-                yield name, QuantizedWeight.unpack(packed, Grid(**linear["grid"]), linear["in_features"])
+            linears = self.manifest["linears"].items()
+            yield StoredBlock(
+                linears=[_linear(name, facts, tensors) for name, facts in linears if facts["file"] == file],
+                dense={name: tensors[name] for name, place in self.manifest["dense"].items() if place == file},
+            )
+
+
+def _linear(name: str, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> StoredLinear:
+    from quantizers.activations import ActivationQuantizer
+    from quantizers.apply import StoredLinear
+    from quantizers.encodings import ENCODINGS
+
+    packed = {part: tensors[f"{name}.{part}"] for part in facts["parts"]}
+    shape = facts["out_features"], facts["in_features"]
+    inputs, outputs = (
+        None if facts[place] is None else ActivationQuantizer.from_spec(facts[place]) for place in ("inputs", "outputs")
+    )
+    weight = ENCODINGS[facts["encoding"]].unpack(packed, facts["spec"], shape)
+    return StoredLinear(name=name, weight=weight, inputs=inputs, outputs=outputs)
 
 
 class ArtifactWriter:
@@ -86,30 +109,38 @@ class ArtifactWriter:
         self._scratch = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
         self._files: dict[str, str] = {}
         self._linears: dict[str, Any] = {}
+        self._dense: dict[str, str] = {}
 
-    def add_block(self, linears: list[QuantizedLinear]) -> None:
+    def add_block(self, block: QuantizedBlock) -> None:
         """Write one decoder block."""
         from safetensors.torch import save
 
         file = f"block-{len(self._files):04d}.safetensors"
         tensors: dict[str, Tensor] = {}
-        for linear in linears:
+        for linear in block.linears:
             packed = linear.weight.pack()
             # safetensors refuses tensors that share memory, as the column groups of one stage do: hence the clone
             tensors |= {f"{linear.name}.{part}": tensor.contiguous().clone() for part, tensor in packed.items()}
-            out_features, in_features = linear.weight.codes_OI.shape
+            out_features, in_features = linear.weight.shape
             self._linears[linear.name] = {
                 "out_features": out_features,
                 "in_features": in_features,
-                "grid": dataclasses.asdict(linear.weight.grid),
+                "encoding": linear.weight.encoding,
+                "spec": linear.weight.spec(),
+                "inputs": linear.inputs.spec() if linear.inputs else None,
+                "outputs": linear.outputs.spec() if linear.outputs else None,
                 "file": file,
                 "parts": list(packed),
-                "stored_bytes": linear.weight.stored_bytes,
+                "stored_bytes": linear.stored_bytes,
+                "published_bits_per_weight": linear.weight.published_bits_per_weight,
                 "weight_error": linear.weight_error,
                 "output_error": linear.output_error,
                 "damping": linear.damping,
                 "seconds": linear.seconds,
             }
+        for name, value in block.dense.items():
+            tensors[name] = value.cpu().contiguous()
+            self._dense[name] = file
         content = save(tensors)
         (self._scratch / file).write_bytes(content)  # not `save_file`: its error for a full disk is no OSError
         self._files[file] = hashlib.sha256(content).hexdigest()
@@ -120,7 +151,7 @@ class ArtifactWriter:
         Args:
             facts: JSON values to keep in the manifest: cell, model, method, seconds.
         """
-        manifest = {"format": _FORMAT, **facts, "files": self._files, "linears": self._linears}
+        manifest = {"format": _FORMAT, **facts, "files": self._files, "dense": self._dense, "linears": self._linears}
         with (self._scratch / _MANIFEST).open("w", encoding="utf-8") as stream:
             json.dump(manifest, stream, indent=1)
             stream.flush()
@@ -157,6 +188,11 @@ def find_artifact(directory: Path) -> Artifact | None:
         raise BitatlasError(
             f"{directory / _MANIFEST} is not readable ({error}); delete {directory} and run again"
         ) from error
+    if manifest.get("format") != _FORMAT:
+        raise BitatlasError(
+            f"{directory} has the format {manifest.get('format')!r}, this version reads {_FORMAT!r}; delete it and run "
+            "again"
+        )
     return Artifact(directory=directory, manifest=manifest)
 
 

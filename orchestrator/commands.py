@@ -129,7 +129,7 @@ def plan_command(file: Path, *, out: Path | None) -> int:
     """Print what a sweep would do."""
     from orchestrator.rows import size_columns
     from orchestrator.sweep import claim_output, finished_jobs
-    from quantizers.quantized_weight import stored_bytes
+    from quantizers.uniform_weight import stored_bytes
 
     console = Console()
     sweep = read_sweep(file)

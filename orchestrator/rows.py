@@ -30,7 +30,7 @@ def cell_columns(sweep: str, job: Job) -> dict[str, Any]:
         "activation_bits": scheme.activation_bits if scheme else UNQUANTIZED_BITS,
         "group_size": scheme.group_size if scheme else 0,
         "symmetric": scheme.symmetric if scheme else None,
-        "options": scheme.options if scheme else "{}",
+        "options": scheme.row_options if scheme else "{}",
         "calibration": cell.calibration.key if cell.calibration else None,
     }
 
@@ -72,6 +72,8 @@ def outcome_rows(
             "task": job.task,
             "peak_memory_bytes": outcome["peak_memory_bytes"],
             "quantize_seconds": outcome["quantize_seconds"],
+            "published_bits_per_weight": outcome["published_bits_per_weight"],
+            "forensics": json.dumps(outcome["forensics"], sort_keys=True) if outcome.get("forensics") else None,
         }
     )
     common |= size_columns(job.cell, model, outcome["stored_bytes"])

@@ -63,7 +63,9 @@ RESULTS = Table(
         "error_kind": "string",
         "error": "string",
         "decoder_bits_per_weight": "float64",  # scales, zeros and permutations counted
+        "published_bits_per_weight": "float64",  # by the method's own convention, where it leaves out what is stored
         "checkpoint_bytes": "int64",
+        "forensics": "string",  # JSON: where and how a non-finite value began; null otherwise
         "quantize_seconds": "float64",
         "evaluate_seconds": "float64",
         "peak_memory_bytes": "int64",
@@ -101,6 +103,7 @@ LAYERS = Table(
         "in_features": "int64",
         "bits_per_weight": "float64",
         "stored_bytes": "int64",
+        "published_bits_per_weight": "float64",
         "weight_error": "float64",  # |W - Q|^2 / |W|^2
         "output_error": "float64",  # tr((W-Q) H (W-Q)^T) / tr(W H W^T); null where no data was seen
         "damping": "float64",  # the rung of the damping ladder that factorized; null for data-free methods

@@ -12,21 +12,30 @@ from typing import TYPE_CHECKING, Any
 from orchestrator.errors import BitatlasError
 
 if TYPE_CHECKING:
+    from quantizers.activations import ActivationGrid
     from quantizers.grid import Grid
     from quantizers.method import Method
 
 FP = "fp"
 UNQUANTIZED_BITS = 16
+CORRECTED = "corrected"
+_ACTIVATION_FIELDS = ("activation_granularity", "activation_symmetric", "activation_clip_ratio")
 _FIELDS = (
     "method",
     "weight_bits",
     "activation_bits",
     "group_size",
     "symmetric",
+    "convention",
+    "mse_search",
     "scale_dtype",
     "tail_group",
+    *_ACTIVATION_FIELDS,
     "options",
 )
+# What `symmetric` means for a method whose own convention is of the other kind.
+_SYMMETRIC_OF = {"gptq-asym": "gptq-sym", "awq-asym": "sq-sym"}
+_ASYMMETRIC = "gptq-asym"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,28 +44,39 @@ class Scheme:
 
     Args:
         group_size: 0 is per channel.
-        options: the method's own options, every one of them, as JSON with sorted keys.
+        convention: of the weight grid, a name in `quantizers/grid.py`.
+        options: the preset and the method's own options, every one of them, as JSON with sorted keys.
     """
 
     method: str
     weight_bits: int
     activation_bits: int = UNQUANTIZED_BITS
     group_size: int = 0
-    symmetric: bool = False
+    convention: str = _ASYMMETRIC
+    mse_search: bool = False
     scale_dtype: str = "float16"
     tail_group: bool = False
+    activation_granularity: str = "per_token"
+    activation_symmetric: bool = True
+    activation_clip_ratio: float = 1.0
     options: str = "{}"
 
     @property
     def needs_calibration(self) -> bool:
         """Whether its method looks at data."""
-        return self.build().needs_calibration
+        return self.build().needs.calibration
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether the weight grid has no zero of its own."""
+        return self.grid().symmetric
 
     def build(self) -> Method:
         """The quantizer this scheme names."""
-        from quantizers.methods import METHODS
+        from quantizers.methods import method_class
 
-        return METHODS[self.method](grid=self.grid(), **json.loads(self.options))
+        options = {name: value for name, value in json.loads(self.options).items() if name != "preset"}
+        return method_class(self.method)(grid=self.grid(), activations=self.activations(), **options)
 
     def grid(self) -> Grid:
         """The grid its weights are stored on."""
@@ -65,22 +85,54 @@ class Scheme:
         return Grid(
             bits=self.weight_bits,
             group_size=self.group_size,
-            symmetric=self.symmetric,
+            convention=self.convention,
+            mse_search=self.mse_search,
             scale_dtype=self.scale_dtype,
             tail_group=self.tail_group,
         )
 
+    def activations(self) -> ActivationGrid | None:
+        """The grid of the linears' inputs; None where they are left alone."""
+        from quantizers.activations import ActivationGrid
+
+        if self.activation_bits == UNQUANTIZED_BITS:
+            return None
+        return ActivationGrid(
+            bits=self.activation_bits,
+            symmetric=self.activation_symmetric,
+            granularity=self.activation_granularity,
+            clip_ratio=self.activation_clip_ratio,
+        )
+
     def as_entry(self) -> dict[str, Any]:
         """A grid entry of a sweep file that means exactly this scheme."""
-        entry = {name: getattr(self, name) for name in _FIELDS}
+        left_out = {"symmetric"} if self.activations() else {"symmetric", *_ACTIVATION_FIELDS}
+        entry = {name: getattr(self, name) for name in _FIELDS if name not in left_out}
         return entry | {"group_size": self.group_size or "per_channel", "options": json.loads(self.options)}
+
+    @property
+    def row_options(self) -> str:
+        """What tables call options, as JSON: the method's, with what else tells its grids apart."""
+        entry = self.as_entry()
+        options = {name: entry[name] for name in GRID_OPTIONS if name in entry} | entry["options"]
+        return json.dumps(options, sort_keys=True)
 
     @property
     def label(self) -> str:
         """Short and readable: `gptq-w4-g64`, `rtn-w8-pc-sym`."""
+        from quantizers.methods import method_class
+
         group = f"g{self.group_size}" if self.group_size else "pc"
         activation = f"a{self.activation_bits}" if self.activation_bits != UNQUANTIZED_BITS else ""
-        return f"{self.method}-w{self.weight_bits}{activation}-{group}" + ("-sym" if self.symmetric else "")
+        label = f"{self.method}-w{self.weight_bits}{activation}-{group}"
+        if self.convention != method_class(self.method).default_convention:
+            label += "-sym" if self.convention == "gptq-sym" else f"-{self.convention}"
+        preset = json.loads(self.options).get("preset", CORRECTED)
+        return label + ("-mse" if self.mse_search else "") + ("" if preset == CORRECTED else f"-{preset}")
+
+
+# Fields of a grid entry that tables keep among the options.
+GRID_OPTIONS = ("convention", "mse_search", "scale_dtype", "tail_group", *_ACTIVATION_FIELDS)
 
 
 def parse_scheme(fields: dict[str, Any], where: str) -> Scheme:
@@ -93,42 +145,84 @@ def parse_scheme(fields: dict[str, Any], where: str) -> Scheme:
         BitatlasError: an unknown key, method or option, or a value outside its rule.
     """
     from quantizers.errors import QuantizationError
-    from quantizers.methods import METHODS
+    from quantizers.methods import method_class, method_names
 
     for key in fields:
         if key not in _FIELDS:
             raise BitatlasError(
                 f"{where}: unknown key {key!r}{_near(key, _FIELDS)}; the keys here are {', '.join(_FIELDS)}"
             )
-    method = fields.get("method")
-    if method is None:
-        raise BitatlasError(f"{where}.method is missing; known methods: {', '.join(METHODS)}")
-    if not isinstance(method, str) or method not in METHODS:
+    name = fields.get("method")
+    if name is None:
+        raise BitatlasError(f"{where}.method is missing; known methods: {', '.join(method_names())}")
+    try:
+        method = method_class(name if isinstance(name, str) else repr(name))
+    except QuantizationError:
+        known = ", ".join(method_names())
         raise BitatlasError(
-            f"{where}.method = {method!r} is unknown{_near(method, METHODS)}; known methods: {', '.join(METHODS)}"
-        )
+            f"{where}.method = {name!r} is unknown{_near(name, method_names())}; known methods: {known}"
+        ) from None
     if "weight_bits" not in fields:
         raise BitatlasError(f"{where}.weight_bits is missing; give 1 to 8")
     bits = _whole(fields["weight_bits"], 1, 8, f"{where}.weight_bits")
-    activation_bits = fields.get("activation_bits", UNQUANTIZED_BITS)
-    if activation_bits != UNQUANTIZED_BITS or isinstance(activation_bits, bool):
-        raise BitatlasError(
-            f"{where}.activation_bits = {activation_bits!r}: {method} quantizes weights only; use {UNQUANTIZED_BITS}"
-        )
     try:
         scheme = Scheme(
-            method=method,
+            method=name,
             weight_bits=bits,
+            activation_bits=_activation_bits(fields, where),
             group_size=_group_size(fields.get("group_size", "per_channel"), f"{where}.group_size"),
-            symmetric=_typed(fields.get("symmetric", False), bool, f"{where}.symmetric"),
-            scale_dtype=_typed(fields.get("scale_dtype", "float16"), str, f"{where}.scale_dtype"),
-            tail_group=_typed(fields.get("tail_group", False), bool, f"{where}.tail_group"),
-            options=_options(METHODS[method], fields.get("options", {}), f"{where}.options"),
+            convention=_convention(method, fields, where),
+            options=_options(method, fields.get("options", {}), f"{where}.options"),
+            **{
+                key: _typed(fields[key], type(default), f"{where}.{key}")
+                for key, default in _PLAIN_FIELDS.items()
+                if key in fields
+            },
         )
         scheme.build()  # the grid and the method check their own values
     except QuantizationError as error:
         raise BitatlasError(f"{where}: {error}") from error
     return scheme
+
+
+_PLAIN_FIELDS = {
+    item.name: item.default
+    for item in dataclasses.fields(Scheme)
+    if item.name in ("mse_search", "scale_dtype", "tail_group", *_ACTIVATION_FIELDS)
+}
+
+
+def _activation_bits(fields: dict[str, Any], where: str) -> int:
+    bits = fields.get("activation_bits", UNQUANTIZED_BITS)
+    if bits != UNQUANTIZED_BITS or isinstance(bits, bool):
+        if isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 8:
+            raise BitatlasError(
+                f"{where}.activation_bits = {bits!r}: must be a whole number from 2 to 8, or {UNQUANTIZED_BITS} to "
+                "leave activations alone"
+            )
+        return bits
+    for key in _ACTIVATION_FIELDS:
+        if key in fields:
+            raise BitatlasError(f"{where}.{key} says nothing without activation_bits below {UNQUANTIZED_BITS}")
+    return UNQUANTIZED_BITS
+
+
+def _convention(method: type[Method], fields: dict[str, Any], where: str) -> str:
+    """The grid convention: as named, else the method's own, or its sibling where `symmetric` asks for it."""
+    from quantizers.grid import Grid
+
+    own = method.default_convention
+    symmetric = _typed(fields["symmetric"], bool, f"{where}.symmetric") if "symmetric" in fields else None
+    if "convention" in fields:
+        convention: str = _typed(fields["convention"], str, f"{where}.convention")
+        if symmetric is not None and Grid(bits=4, convention=convention).symmetric != symmetric:
+            raise BitatlasError(
+                f"{where}.symmetric = {symmetric} contradicts convention = {convention!r}; leave one of them out"
+            )
+        return convention
+    if symmetric is None or Grid(bits=4, convention=own).symmetric == symmetric:
+        return own
+    return _SYMMETRIC_OF[own] if symmetric else _ASYMMETRIC
 
 
 def _whole(value: Any, least: int, most: int, where: str) -> int:
@@ -154,27 +248,35 @@ def _typed(value: Any, kind: type, where: str) -> Any:
     return value
 
 
-def _options(method: type, given: Any, where: str) -> str:
+def _options(method: type[Method], given: Any, where: str) -> str:
     if not isinstance(given, dict):
         raise BitatlasError(f"{where} = {given!r}: must be a mapping of the method's options")
     known = option_defaults(method)
+    preset = given.get("preset", CORRECTED)
+    if preset not in method.presets:
+        raise BitatlasError(
+            f"{where}.preset = {preset!r} is unknown{_near(preset, method.presets)}; this method's presets: "
+            f"{', '.join(method.presets)}"
+        )
     for name in given:
-        if name not in known:
-            allowed = ", ".join(known) or "none"
+        if name not in known and name != "preset":
+            allowed = ", ".join(["preset", *known])
             raise BitatlasError(
                 f"{where}: unknown option {name!r}{_near(name, known)}; this method's options: {allowed}"
             )
     values = {
-        name: _typed(given[name], type(default), f"{where}.{name}") if name in given else default
+        name: _typed(given[name], type(default), f"{where}.{name}")
+        if name in given
+        else method.presets[preset].get(name, default)
         for name, default in known.items()
     }
-    return json.dumps(values, sort_keys=True)
+    return json.dumps(values | {"preset": preset}, sort_keys=True)
 
 
 @cache
-def option_defaults(method: type) -> dict[str, Any]:
-    """A method's options with their defaults: its dataclass fields except the grid."""
-    return {item.name: item.default for item in dataclasses.fields(method) if item.name != "grid"}
+def option_defaults(method: type[Method]) -> dict[str, Any]:
+    """A method's options with their defaults: its dataclass fields except the grids."""
+    return {item.name: item.default for item in dataclasses.fields(method) if item.name not in ("grid", "activations")}
 
 
 def _near(word: Any, known: Any) -> str:

@@ -5,6 +5,7 @@ A job's payload and outcome are plain data: `payload_of` builds the one, `Worker
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -13,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.devices import Claim
 from orchestrator.artifacts import Artifact, ArtifactWriter, find_artifact
-from orchestrator.errors import BitatlasError
 from orchestrator.inputs import Inputs, evaluation_windows_of
 from orchestrator.layout import Layout
 from orchestrator.memory import PeakMemory
@@ -21,10 +21,25 @@ from orchestrator.plan import Job
 from orchestrator.scheme import Scheme
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from quantizers.block_source import BlockSource
+    from quantizers.method import Method
+    from quantizers.stream import SharedStatistics
+
 FACTORY = "orchestrator.worker:Worker"
-_LAYER_FIELDS = ("out_features", "in_features", "stored_bytes", "weight_error", "output_error", "damping", "seconds")
+_LAYER_FIELDS = (
+    "out_features",
+    "in_features",
+    "stored_bytes",
+    "published_bits_per_weight",
+    "weight_error",
+    "output_error",
+    "damping",
+    "seconds",
+)
 
 
 def payload_of(job: Job, inputs: Inputs, layout: Layout) -> dict[str, Any]:
@@ -85,20 +100,13 @@ class Worker:
         return outcome | {"peak_memory_bytes": memory.peak_bytes}
 
     def _load(self, model: Mapping[str, str]) -> PreTrainedModel:
-        from orchestrator.models.checkpoint import checkpoint_digest
-        from orchestrator.models.loading import load_model, load_tokenizer
-        from orchestrator.models.source import node_cache, resolve_model
+        from orchestrator.models.loading import load_model, load_tokenizer, verified_directory
 
         if self._digest != model["digest"] or self._model is None:
             self._report("loading the model")
             self._remove_artifact()
             self._model = None
-            directory = resolve_model(model["source"], f"model {model['source']}")
-            if checkpoint_digest(directory, node_cache()) != model["digest"]:
-                raise BitatlasError(
-                    f"model {model['source']} is not the one that was planned: this node holds another version, or it "
-                    "changed during the sweep; make them equal and run the same command again"
-                )
+            directory = verified_directory(model, "model")
             loaded = load_model(directory, model["dtype"])
             self._model = loaded.to(self._device.torch_device)
             self._tokenizer = load_tokenizer(directory)
@@ -125,19 +133,24 @@ class Worker:
     def _make_artifact(self, payload: Mapping[str, Any], directory: Path) -> Artifact:
         import torch
 
+        from orchestrator.models.loading import verified_directory
+        from orchestrator.models.streaming import StreamedModel
         from quantizers.stream import quantize_blocks
 
         scheme: Scheme = payload["scheme"]
-        model = self._load(payload["model"])
-        self._remove_artifact()  # quantization starts from the float weights
+        # The engine reads the float weights block by block; the model in memory, if any, is for evaluating.
+        model = payload["model"]
+        source = StreamedModel(verified_directory(model, "model"), model["dtype"], self._device.torch_device)
         windows = payload["windows"]
-        tokens = None if windows is None else torch.tensor(windows, device=self._device.torch_device)
+        tokens = None if windows is None else torch.tensor(windows)
         method = scheme.build()
         started = time.perf_counter()
         writer = ArtifactWriter(directory)
         try:
-            for linears in quantize_blocks(model, method, tokens, progress=self._progress("quantizing block")):
-                writer.add_block(linears)
+            shared = self._shared_statistics(source, method, model, windows)
+            told = self._progress("quantizing block")
+            for block in quantize_blocks(source, method, tokens, shared=shared, progress=told):
+                writer.add_block(block)
             return writer.finish(
                 cell=payload["cell"],
                 model=payload["model"],
@@ -149,9 +162,32 @@ class Worker:
             writer.discard()
             raise
 
+    def _shared_statistics(
+        self, source: BlockSource, method: Method, model: Mapping[str, str], windows: NDArray[np.int64] | None
+    ) -> SharedStatistics | None:
+        """Statistics of the float model that other cells may have computed already."""
+        import torch
+
+        from orchestrator.models.source import node_cache
+        from orchestrator.shared_statistics import shared_statistics, statistics_key
+        from quantizers.float_statistics import collect_float_statistics
+        from quantizers.stream import needs_shared, shares_hessians
+
+        if windows is None or not needs_shared(method):
+            return None
+        hessians = shares_hessians(method)
+        self._report("waiting for statistics of the float model")
+        return shared_statistics(
+            node_cache() / "statistics" / statistics_key(model, windows, hessians=hessians),
+            lambda: collect_float_statistics(
+                source, torch.tensor(windows), hessians=hessians, progress=self._progress("statistics of block")
+            ),
+            source.device,
+        )
+
     def _evaluate(self, payload: Mapping[str, Any]) -> dict[str, Any]:
         model = self._load(payload["model"])
-        cost: dict[str, Any] = {"quantize_seconds": None, "stored_bytes": None}
+        cost: dict[str, Any] = {"quantize_seconds": None, "stored_bytes": None, "published_bits_per_weight": None}
         if payload["artifact"] is None:
             self._remove_artifact()
         else:
@@ -161,7 +197,7 @@ class Worker:
         return {"reused": False, **cost, **measured}
 
     def _install(self, model: PreTrainedModel, directory: Path) -> dict[str, Any]:
-        from quantizers.apply import decoded_weights
+        from quantizers.apply import installed
 
         artifact = find_artifact(directory)
         if artifact is None:
@@ -169,7 +205,7 @@ class Worker:
         if self._applied != str(directory):
             self._report("decoding the artifact")
             self._remove_artifact()
-            self._installed.enter_context(decoded_weights(model, artifact.weights()))
+            self._installed.enter_context(installed(model, artifact.blocks()))
             self._applied = str(directory)
         return _cost(artifact)
 
@@ -193,7 +229,13 @@ class Worker:
             "windows": result.num_windows,
             "tokens": result.num_tokens,
         }
-        return {"metrics": [metric], "items": items, "protocol": protocol}
+        forensics = None
+        if not math.isfinite(result.perplexity):
+            from evaluators.forensics import examine
+
+            self._report("looking for where the values cease to be finite")
+            forensics = examine(self._model, payload["windows"], window_nlls=result.window_nlls).as_json()
+        return {"metrics": [metric], "items": items, "protocol": protocol, "forensics": forensics}
 
     def _task(self, evaluation: Mapping[str, Any]) -> dict[str, Any]:
         import importlib.metadata
@@ -245,7 +287,11 @@ class Worker:
 
 
 def _cost(artifact: Artifact) -> dict[str, Any]:
-    return {"quantize_seconds": artifact.manifest["seconds"], "stored_bytes": artifact.stored_bytes}
+    return {
+        "quantize_seconds": artifact.manifest["seconds"],
+        "stored_bytes": artifact.stored_bytes,
+        "published_bits_per_weight": artifact.published_bits_per_weight,
+    }
 
 
 def _bits_per_weight(linear: Mapping[str, Any]) -> float:

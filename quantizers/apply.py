@@ -1,34 +1,102 @@
-"""Put decoded weights into a model, and take them out again."""
+"""Put an artifact into a model, and take it out again."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 
+from quantizers.activations import ActivationQuantizer
 from quantizers.families import linear_at
 from quantizers.quantized_weight import QuantizedWeight
 
 
-@contextmanager
-def decoded_weights(model: nn.Module, weights: Iterable[tuple[str, QuantizedWeight]]) -> Iterator[nn.Module]:
-    """The model with its linears holding the decoded values, in the model's own dtype; restored on leaving.
+@dataclass(frozen=True, kw_only=True)
+class StoredLinear:
+    """One linear of an artifact.
 
     Args:
-        weights: (dotted name of the linear, its artifact); consumed one at a time.
+        name: full dotted name of the linear in the model, without ".weight".
+        inputs: how its inputs are quantized; None leaves them alone.
+        outputs: how its outputs are quantized, likewise.
     """
-    originals: list[tuple[nn.Linear, Tensor]] = []
-    try:
-        for name, weight in weights:
-            linear = linear_at(model, name)
-            original = linear.weight
-            decoded = weight.decode().to(original.device, original.dtype)
-            if decoded.shape != original.shape:
-                raise ValueError(f"{name}: artifact of shape {tuple(decoded.shape)}, model has {tuple(original.shape)}")
-            originals.append((linear, original))
-            linear.weight = nn.Parameter(decoded, requires_grad=False)
+
+    name: str
+    weight: QuantizedWeight
+    inputs: ActivationQuantizer | None = None
+    outputs: ActivationQuantizer | None = None
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of its weight and of its static activation scales and zeros (float32)."""
+        static = [place for place in (self.inputs, self.outputs) if place is not None and place.scale is not None]
+        return self.weight.stored_bytes + 8 * len(static)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredBlock:
+    """One decoder block of an artifact.
+
+    Args:
+        dense: full dotted name of a parameter -> its changed value, in the model's dtype.
+    """
+
+    linears: Sequence[StoredLinear]
+    dense: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@contextmanager
+def installed(model: nn.Module, blocks: Iterable[StoredBlock]) -> Iterator[nn.Module]:
+    """The model with an artifact in it: decoded weights in the model's own dtype, changed norms and biases, and
+    quantized activations; restored on leaving.
+
+    Args:
+        blocks: consumed one at a time.
+    """
+    with ExitStack() as undo:
+        for block in blocks:
+            for linear in block.linears:
+                _install_linear(model, linear, undo)
+            for name, value in block.dense.items():
+                _replace(model, name, value, undo)
         yield model
-    finally:
-        for linear, original in reversed(originals):
-            linear.weight = original
+
+
+def _install_linear(model: nn.Module, linear: StoredLinear, undo: ExitStack) -> None:
+    module = linear_at(model, linear.name)
+    _replace(model, f"{linear.name}.weight", linear.weight.decode(), undo)
+    for handle in quantize_activations(module, linear.inputs, linear.outputs):
+        undo.callback(handle.remove)
+
+
+def _replace(model: nn.Module, name: str, value: Tensor, undo: ExitStack) -> None:
+    owner, _, field_name = name.rpartition(".")
+    module = model.get_submodule(owner)
+    original: Tensor = getattr(module, field_name)
+    if value.shape != original.shape:
+        raise ValueError(f"{name}: artifact of shape {tuple(value.shape)}, model has {tuple(original.shape)}")
+    setattr(module, field_name, nn.Parameter(value.to(original.device, original.dtype), requires_grad=False))
+    undo.callback(setattr, module, field_name, original)
+
+
+def quantize_activations(
+    module: nn.Linear, inputs: ActivationQuantizer | None, outputs: ActivationQuantizer | None
+) -> list[Any]:
+    """Make a linear quantize what enters and what leaves it; returns the hooks' handles."""
+    handles: list[Any] = []
+    if inputs is not None:
+        handles.append(module.register_forward_pre_hook(_before(inputs)))
+    if outputs is not None:
+        handles.append(module.register_forward_hook(_after(outputs)))
+    return handles
+
+
+def _before(quantizer: ActivationQuantizer) -> Callable[[nn.Module, tuple[Tensor]], tuple[Tensor]]:
+    return lambda _, given: (quantizer(given[0]),)
+
+
+def _after(quantizer: ActivationQuantizer) -> Callable[[nn.Module, tuple[Tensor], Tensor], Tensor]:
+    return lambda _, __, output: quantizer(output)

@@ -13,7 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quantizers.block_source import BlockSource
 from quantizers.families import Family, blocks_of
+
+# Tokens that go through a block at once: large enough for efficient products, small enough for the cache.
+_TOKENS_PER_BATCH = 4096
 
 # A stage's linears, and an iterator over their shared inputs, one batch of windows at a time.
 Stage = tuple[tuple[str, ...], Iterator[Tensor]]
@@ -134,3 +138,11 @@ def record_inputs(
         for index, block in enumerate(originals):
             blocks[index] = block
     return hidden, arguments
+
+
+def enter(source: BlockSource, windows: Tensor) -> tuple[list[Tensor], list[list[dict[str, Any]]]]:
+    """`record_inputs` for calibration windows [windows, tokens], cut into batches."""
+    per_batch = max(1, _TOKENS_PER_BATCH // windows.shape[1])
+    batches = list(torch.split(windows.to(source.device), per_batch))
+    with source.shell() as model:
+        return record_inputs(model, source.family, batches)

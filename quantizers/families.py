@@ -32,6 +32,7 @@ class Family:
     mlp_inputs: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
     mlp_output: str = "mlp.down_proj"
     after_mlp: str | None = None
+    norm_offset: float = 0.0  # norms multiply by weight + norm_offset
 
     @property
     def stages(self) -> tuple[tuple[str, ...], ...]:
@@ -43,6 +44,7 @@ _SANDWICH = Family(
     after_attention="post_attention_layernorm",
     mlp_norm="pre_feedforward_layernorm",
     after_mlp="post_feedforward_layernorm",
+    norm_offset=1.0,
 )
 
 # By `model_type` of the transformers configuration.
@@ -51,7 +53,7 @@ FAMILIES: dict[str, Family] = {
     "mistral": Family(),
     "qwen2": Family(),
     "qwen3": Family(),
-    "gemma": Family(),
+    "gemma": Family(norm_offset=1.0),
     "gemma2": _SANDWICH,
     "gemma3_text": _SANDWICH,
 }

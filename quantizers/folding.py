@@ -24,7 +24,7 @@ def fold_errors(weight_OI: Tensor, statistics: InputStatistics, strength: float,
     """
     if statistics.drift_II is None:
         raise AssertionError("folding needs the drift of the inputs")
-    hessian = statistics.hessian_II.to("cpu", torch.float64)
+    hessian = statistics.require_hessian().to("cpu", torch.float64)
     hessian.diagonal().add_(damping * hessian.diagonal().mean())
     target_IO = (weight_OI.to("cpu", torch.float64) @ statistics.drift_II.to("cpu", torch.float64)).T
     correction_IO: Tensor = torch.linalg.solve(hessian, target_IO)  # symmetric, so the transposed system is the same

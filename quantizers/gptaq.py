@@ -6,9 +6,9 @@ Source: Li et al. 2025, arXiv:2504.02692, algorithm 1. Shape letters as in `gptq
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -16,10 +16,11 @@ from torch import Tensor
 from quantizers.errors import QuantizationError
 from quantizers.gptq import Gptq, gptq, split_rows
 from quantizers.grid import Grid, decode
-from quantizers.method import MethodOutcome
-from quantizers.statistics import InputStatistics
+from quantizers.method import LinearGroup, MethodOutcome, Needs
 
 CARRIES = ("w", "w_clamped", "q")
+# In which turn the released code quantizes q, k, v; gate, up; and a linear of its own.
+_TURNS = {1: (1,), 2: (2, 1), 3: (3, 1, 2)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,18 +32,26 @@ class Gptaq(Gptq):
         carry: the column values that a block hands on to later blocks. `w`, the values that were quantized, is what the
             derivation wants and does not depend on the block size; `q`, the quantized values, is what the released
             code does; `w_clamped` is `w` within the range of the grid.
+        shared_damping: as in the released code, where the linears of a stage damp one and the same Hessian in turn
+            (k, v, q; up, gate), so that each but the first gets the damping of those before it too. It shows without
+            act_order only, which makes copies.
     """
 
     alpha: float = 0.25
     carry: str = "w"
+    shared_damping: bool = False
 
     name: ClassVar[str] = "gptaq"
-    code_version: ClassVar[str] = "gptaq/1"
+    code_version: ClassVar[str] = "gptaq/2"
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "corrected": {},
+        "as_published": {"carry": "q", "stale_groups": True, "shared_damping": True},
+    }
 
     @property
-    def needs_drift(self) -> bool:
-        """Always."""
-        return True
+    def needs(self) -> Needs:
+        """The Hessian and the drift."""
+        return replace(super().needs, drift=True)
 
     def __post_init__(self) -> None:
         """Check the fields.
@@ -55,20 +64,33 @@ class Gptaq(Gptq):
             raise QuantizationError(f"options.alpha = {self.alpha} must be from 0 to 1")
         if self.carry not in CARRIES:
             raise QuantizationError(f"options.carry = {self.carry!r} is none of {', '.join(CARRIES)}")
+        if self.path == "float":
+            raise QuantizationError(
+                "options.path = 'float' leaves gptaq no drift to correct; use gptq, or path: quantized"
+            )
         if self.fold > 0:
             raise QuantizationError("options.fold corrects what gptaq corrects already; use gptq with fold, or fold: 0")
 
-    def quantize(self, weights: Sequence[Tensor], statistics: InputStatistics | None) -> MethodOutcome:
+    def quantize(self, group: LinearGroup) -> MethodOutcome:
         """Quantize linears that share an input as one stacked matrix.
 
         Raises:
             QuantizationError: the Hessian cannot be factorized, or a scale overflows.
         """
-        if statistics is None or statistics.drift_II is None:
+        if group.statistics is None or group.statistics.drift_II is None:
             raise AssertionError("GPTAQ needs the statistics of its inputs, with their drift")
-        asymmetry = _Asymmetry(drift_II=statistics.drift_II, alpha=self.alpha, carry=self.carry)
-        stacked, damping = gptq(torch.cat(list(weights)), statistics.hessian_II, self, asymmetry)
-        return MethodOutcome(weights=split_rows(stacked, weights), damping=damping)
+        asymmetry = _Asymmetry(drift_II=group.statistics.drift_II, alpha=self.alpha, carry=self.carry)
+        hessian_II = group.statistics.require_hessian()
+        if self.shared_damping and not self.act_order:
+            turns = _TURNS[len(group.weights)]
+            each = [replace(self, damping=min((1 + self.damping) ** turn - 1, 1.0)) for turn in turns]
+            outcomes = [
+                gptq(weight, hessian_II, options, asymmetry)
+                for weight, options in zip(group.weights, each, strict=True)
+            ]
+            return MethodOutcome(weights=[weight for weight, _ in outcomes], damping=max(rung for _, rung in outcomes))
+        stacked, damping = gptq(torch.cat(list(group.weights)), hessian_II, self, asymmetry)
+        return MethodOutcome(weights=split_rows(stacked, group.weights), damping=damping)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,9 +6,9 @@ B columns of a block. Columns are worked on as rows of the transposed weight, so
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -16,9 +16,8 @@ from torch import Tensor
 from quantizers.errors import QuantizationError
 from quantizers.grid import Grid, decode, encode, fit_grid, fit_group
 from quantizers.linalg import inverse_cholesky
-from quantizers.method import Folding, MethodOutcome
-from quantizers.quantized_weight import QuantizedWeight
-from quantizers.statistics import InputStatistics
+from quantizers.method import LinearGroup, Method, MethodOutcome, Needs
+from quantizers.uniform_weight import UniformWeight
 
 
 class Asymmetry(Protocol):
@@ -32,34 +31,35 @@ class Asymmetry(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gptq(Folding):
+class Gptq(Method):
     """GPTQ's options.
 
     Args:
-        grid: bits, groups and convention.
         act_order: quantize columns in order of falling Hessian diagonal (the released code's --act-order).
         static_groups: fit every group's grid to the original weights, so that act-order keeps consecutive
             groups; otherwise a group's grid is fitted when its first column is reached, to the corrected weights.
         true_sequential: within a block, later linears see the quantized earlier ones (--true-sequential).
         damping: fraction of the mean Hessian diagonal added to the diagonal (--percdamp).
         block_size: columns whose corrections are applied to the rest of the matrix at once; speed only.
+        stale_groups: as in the released code, fit a dynamic group to the weights as they were when its block of
+            columns began; this differs where groups are smaller than blocks.
     """
 
-    grid: Grid
     act_order: bool = True
     static_groups: bool = True
     true_sequential: bool = True
     damping: float = 0.01
     block_size: int = 128
+    stale_groups: bool = False
 
     name: ClassVar[str] = "gptq"
-    code_version: ClassVar[str] = "gptq/1"
-    needs_calibration: ClassVar[bool] = True
+    code_version: ClassVar[str] = "gptq/2"
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"corrected": {}, "as_published": {"stale_groups": True}}
 
     @property
-    def needs_drift(self) -> bool:
-        """Only to fold errors."""
-        return self.fold > 0
+    def needs(self) -> Needs:
+        """The Hessian."""
+        return replace(super().needs, hessian=True)
 
     def __post_init__(self) -> None:
         """Check the fields.
@@ -78,25 +78,25 @@ class Gptq(Folding):
         one_group = self.grid.group_columns(in_features) >= in_features
         return self.act_order and not self.static_groups and not one_group
 
-    def quantize(self, weights: Sequence[Tensor], statistics: InputStatistics | None) -> MethodOutcome:
+    def quantize(self, group: LinearGroup) -> MethodOutcome:
         """Quantize linears that share an input as one stacked matrix: rows do not interact in GPTQ.
 
         Raises:
             QuantizationError: the Hessian cannot be factorized, or a scale overflows.
         """
-        if statistics is None:
+        if group.statistics is None:
             raise AssertionError("GPTQ needs the statistics of its inputs")
-        stacked, damping = gptq(torch.cat(list(weights)), statistics.hessian_II, self)
-        return MethodOutcome(weights=split_rows(stacked, weights), damping=damping)
+        stacked, damping = gptq(torch.cat(list(group.weights)), group.statistics.require_hessian(), self)
+        return MethodOutcome(weights=split_rows(stacked, group.weights), damping=damping)
 
 
-def split_rows(stacked: QuantizedWeight, weights: Sequence[Tensor]) -> list[QuantizedWeight]:
+def split_rows(stacked: UniformWeight, weights: Sequence[Tensor]) -> list[UniformWeight]:
     """Take a stacked matrix apart again: one quantized weight per original, in their order."""
     rows = [weight.shape[0] for weight in weights]
     zeros = [None] * len(rows) if stacked.zero_OG is None else torch.split(stacked.zero_OG, rows)
     parts = zip(torch.split(stacked.codes_OI, rows), torch.split(stacked.scale_OG, rows), zeros, strict=True)
     return [
-        QuantizedWeight(
+        UniformWeight(
             grid=stacked.grid, codes_OI=codes, scale_OG=scale, zero_OG=zero, column_group_I=stacked.column_group_I
         )
         for codes, scale, zero in parts
@@ -105,7 +105,7 @@ def split_rows(stacked: QuantizedWeight, weights: Sequence[Tensor]) -> list[Quan
 
 def gptq(
     weight_OI: Tensor, hessian_II: Tensor, options: Gptq, asymmetry: Asymmetry | None = None
-) -> tuple[QuantizedWeight, float]:
+) -> tuple[UniformWeight, float]:
     """Quantize one matrix against the Hessian of its inputs.
 
     Args:
@@ -146,12 +146,12 @@ def gptq(
 
     work_IO = weight_OI.T[order].contiguous()
     codes_IO = torch.empty_like(work_IO)
-    for start, stop in _blocks(in_features, options.block_size, None if static else size):
-        if not static and start % size == 0:
-            scale, zero = fit_group(work_IO[start : start + size].T, grid)
-            scale_GO[start // size], zero_GO[start // size] = scale, zero
+    for start, stop in _blocks(in_features, options.block_size, None if static or options.stale_groups else size):
+        for first in () if static else range(-(-start // size) * size, stop, size):  # groups that begin here
+            scale, zero = fit_group(work_IO[first : first + size].T, grid)
+            scale_GO[first // size], zero_GO[first // size] = scale, zero
         scale_BO, zero_BO = scale_GO[column_group_I[start:stop]], zero_GO[column_group_I[start:stop]]
-        error_BO = _quantize_block(
+        error_BO = quantize_columns(
             work_IO[start:stop],
             codes_IO[start:stop],
             inverse_UII[start:stop, start:stop],
@@ -170,7 +170,7 @@ def gptq(
     group_of_column = torch.empty(in_features, dtype=torch.int32, device=order.device)
     group_of_column[order] = torch.tensor(column_group_I, dtype=torch.int32, device=order.device)
     return (
-        QuantizedWeight(
+        UniformWeight(
             grid=grid,
             codes_OI=codes_OI,
             scale_OG=scale_GO.T.contiguous(),
@@ -183,7 +183,7 @@ def gptq(
 
 def _blocks(in_features: int, block_size: int, group_size: int | None) -> Iterator[tuple[int, int]]:
     """Ranges of columns; with dynamic groups every group starts a range, so that its grid is fitted to
-    weights that all earlier columns have corrected (the released code fits to stale ones when g < block)."""
+    weights that all earlier columns have corrected."""
     span = group_size or in_features
     for group in range(0, in_features, span):
         end = min(group + span, in_features)
@@ -191,7 +191,7 @@ def _blocks(in_features: int, block_size: int, group_size: int | None) -> Iterat
             yield start, min(start + block_size, end)
 
 
-def _quantize_block(
+def quantize_columns(
     work_BO: Tensor,
     codes_BO: Tensor,
     inverse_BB: Tensor,

@@ -1,16 +1,27 @@
 """Uniform grids: which values b bits can stand for. Shape letters: O out_features, I in_features, G groups.
 
-A grid maps a code q in [0, 2**b - 1] to `scale * (q - zero)`. Three conventions:
+A grid maps a code q in [0, 2**b - 1] to `scale * (q - zero)`. The conventions, with m = 2**b - 1:
 
-asymmetric  zero is a whole number fitted to the data and stored in b bits
-            (range forced to contain 0, so 0.0 is representable; Frantar et al. 2023, arXiv:2210.17323)
-symmetric   zero is 2**(b-1), stored nowhere; the range is [-max|w|, max|w|]
-binary      b = 1: the two levels are mean -+ mean|w - mean| (asymmetric: the zero is a stored float) or
-            -+ mean|w| (symmetric: zero is 1/2, stored nowhere); least squares (Rastegari et al. 2016, arXiv:1603.05279)
+gptq-asym          range [min(w, 0), max(w, 0)], scale = range / m, zero a whole number stored in b bits
+                   (Frantar et al. 2023, arXiv:2210.17323, and its released code)
+gptq-sym           range [-max|w|, max|w|], scale = range / m, zero 2**(b-1), stored nowhere
+gptq-sym-released  the same with the released code's slip: a row or group without negative weights keeps 0 as its
+                   lower end but not its zero, which clips everything above half of its range
+gptaq-sym          scale = max|w| / (2**(b-1) - 1), zero 2**(b-1): the step is wider and max|w| is not clipped
+                   (Li et al. 2025, arXiv:2504.02692)
+sq-sym             the same values (Xiao et al. 2023, arXiv:2211.10438)
+awq-asym           range [min(w), max(w)] without forcing 0 into it; zero clamped to the codes, so that groups of one
+                   sign lose their offset, as released (Lin et al. 2023, arXiv:2306.00978); constant groups as gptq-asym
+
+One bit is the binary grid: asymmetric conventions have the levels mean -+ mean|w - mean| (the zero is a stored float),
+symmetric ones -+ mean|w| (zero is 1/2, stored nowhere); least squares (Rastegari et al. 2016, arXiv:1603.05279).
+Scales never fall below the smallest number of their storage type; the released codes' floor of 1e-5 is not kept, since
+weights may be smaller.
 """
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +30,9 @@ from torch import Tensor
 from quantizers.errors import QuantizationError
 
 PER_CHANNEL = 0
+_SYMMETRIC = ("gptq-sym", "gptq-sym-released", "gptaq-sym", "sq-sym")
+CONVENTIONS = ("gptq-asym", "awq-asym", *_SYMMETRIC)
+_SHRINK_STEPS, _SHRINK_GRID, _ERROR_NORM = 80, 100, 2.4
 SCALE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -29,7 +43,9 @@ class Grid:
     Args:
         bits: bits per weight, 1 to 8.
         group_size: consecutive input columns that share a scale; 0 (`PER_CHANNEL`) is one scale per output row.
-        symmetric: no stored zero; see the module's docstring.
+        convention: how range, scale and zero are chosen; see the module's docstring.
+        mse_search: shrink the range by 1.00, 0.99, ... 0.21 and keep what gives the least sum of |error|**2.4
+            (the search of GPTQ's quantizer, `--w_clip` in QuaRot and GPTAQ).
         scale_dtype: precision in which scales are stored. Scales are rounded to it before any error
             feedback, so what is evaluated is what is stored.
         tail_group: let the last group of a row be smaller where group_size does not divide in_features.
@@ -39,7 +55,8 @@ class Grid:
 
     bits: int
     group_size: int = PER_CHANNEL
-    symmetric: bool = False
+    convention: str = "gptq-asym"
+    mse_search: bool = False
     scale_dtype: str = "float16"
     tail_group: bool = False
 
@@ -49,6 +66,12 @@ class Grid:
             raise QuantizationError(f"bits = {self.bits} is outside 1 to 8")
         if self.group_size < 0:
             raise QuantizationError(f"group_size = {self.group_size} is negative; 0 means per channel")
+        if self.convention not in CONVENTIONS:
+            near = difflib.get_close_matches(self.convention, CONVENTIONS, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise QuantizationError(f"convention = {self.convention!r} is none of {', '.join(CONVENTIONS)}{hint}")
+        if self.mse_search and self.binary:
+            raise QuantizationError("mse_search has no range to shrink at 1 bit; use 2 bits or more, or leave it out")
         if self.scale_dtype not in SCALE_DTYPES:
             raise QuantizationError(f"scale_dtype = {self.scale_dtype!r} is none of {', '.join(SCALE_DTYPES)}")
 
@@ -56,6 +79,11 @@ class Grid:
     def max_code(self) -> int:
         """The largest code, 2**bits - 1."""
         return (1 << self.bits) - 1
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether the zero is fixed and stored nowhere."""
+        return self.convention in _SYMMETRIC
 
     @property
     def binary(self) -> bool:
@@ -116,17 +144,49 @@ def fit_group(weight_OK: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     """
     if grid.binary:
         return _fit_binary(weight_OK, grid)
-    if grid.symmetric:
-        reach = weight_OK.abs().amax(-1)
-        reach = torch.where(reach == 0, torch.ones_like(reach), reach)
-        scale = stored_scale(2 * reach / grid.max_code, grid)
-        return scale, torch.full_like(scale, grid.fixed_zero)
-    low = weight_OK.amin(-1).clamp(max=0)
-    high = weight_OK.amax(-1).clamp(min=0)
+    low, high = _range(weight_OK, grid)
+    scale, zero = _scale_and_zero(low, high, grid)
+    if grid.mse_search:
+        least = _error(weight_OK, scale, zero, grid)
+        for step in range(1, _SHRINK_STEPS):
+            shrink = 1 - step / _SHRINK_GRID
+            shrunk_scale, shrunk_zero = _scale_and_zero(low * shrink, high * shrink, grid)
+            error = _error(weight_OK, shrunk_scale, shrunk_zero, grid)
+            better = error < least
+            scale, zero = torch.where(better, shrunk_scale, scale), torch.where(better, shrunk_zero, zero)
+            least = torch.minimum(error, least)
+    return scale, zero
+
+
+def _range(weight_OK: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    low, high = weight_OK.amin(-1), weight_OK.amax(-1)
+    if grid.convention != "awq-asym":
+        low, high = low.clamp(max=0), high.clamp(min=0)
+    else:
+        constant = low == high
+        low, high = torch.where(constant, low.clamp(max=0), low), torch.where(constant, high.clamp(min=0), high)
     empty = (low == 0) & (high == 0)
     low, high = torch.where(empty, -1.0, low), torch.where(empty, 1.0, high)
+    if grid.symmetric:
+        reach = torch.maximum(-low, high)
+        slips = (low == 0) if grid.convention == "gptq-sym-released" else torch.zeros_like(empty)
+        low, high = torch.where(slips, 0.0, -reach), reach
+    return low, high
+
+
+def _scale_and_zero(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    if grid.symmetric:
+        narrow = grid.convention in ("gptq-sym", "gptq-sym-released")
+        scale = stored_scale((high - low) / grid.max_code if narrow else high / (grid.fixed_zero - 1), grid)
+        return scale, torch.full_like(scale, grid.fixed_zero)
     scale = stored_scale((high - low) / grid.max_code, grid)
     return scale, torch.round(-low / scale).clamp(0, grid.max_code)
+
+
+def _error(weight_OK: Tensor, scale: Tensor, zero: Tensor, grid: Grid) -> Tensor:
+    wide_scale, wide_zero = scale.unsqueeze(-1), zero.unsqueeze(-1)
+    decoded = decode(encode(weight_OK, wide_scale, wide_zero, grid), wide_scale, wide_zero)
+    return (decoded - weight_OK).abs().pow(_ERROR_NORM).sum(-1)
 
 
 def _fit_binary(weight_OK: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
@@ -152,9 +212,8 @@ def stored_scale(scale: Tensor, grid: Grid) -> Tensor:
     dtype = SCALE_DTYPES[grid.scale_dtype]
     rounded = scale.to(dtype).float()
     if torch.isinf(rounded).any():
-        raise QuantizationError(
-            f"a scale of {scale.max().item():.3g} does not fit {grid.scale_dtype}; use scale_dtype: float32"
-        )
+        remedy = "the weights are too large" if dtype == torch.float32 else "use scale_dtype: float32"
+        raise QuantizationError(f"a scale of {scale.max().item():.3g} does not fit {grid.scale_dtype}; {remedy}")
     smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
     # Not below float32's normal numbers: accelerators that flush the others to zero would divide by zero.
     return rounded.clamp(min=max(smallest, torch.finfo(torch.float32).smallest_normal))

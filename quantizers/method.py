@@ -1,17 +1,74 @@
-"""What the engine asks of a method."""
+"""What the engine asks of a method, and what it tells it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from quantizers.activations import ActivationGrid
 from quantizers.errors import QuantizationError
+from quantizers.families import Family
 from quantizers.grid import Grid
 from quantizers.quantized_weight import QuantizedWeight
-from quantizers.statistics import InputStatistics
+from quantizers.statistics import InputRanges, InputStatistics
+
+PATHS = ("quantized", "float")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Needs:
+    """What a method wants to know of the calibration inputs of the linears of a stage.
+
+    Args:
+        hessian: `InputStatistics.hessian_II`.
+        drift: `InputStatistics.drift_II`; the float model then runs beside the quantized one.
+        sample: `InputStatistics.sample_TI`.
+        ranges: `InputStatistics.ranges`, of the float model.
+        block: the float block with its inputs, to run it as often as the method likes (see `Method.transform`).
+    """
+
+    hessian: bool = False
+    drift: bool = False
+    sample: bool = False
+    ranges: bool = False
+    block: bool = False
+
+    @property
+    def calibration(self) -> bool:
+        """Whether calibration data must be there at all."""
+        return self.hessian or self.drift or self.sample or self.ranges or self.block
+
+    @property
+    def walk(self) -> bool:
+        """Whether calibration activations must stream through the model for this very cell."""
+        return self.hessian or self.drift or self.sample or self.block
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearGroup:
+    """The linears of one stage: they share their input.
+
+    Args:
+        names: within the block.
+        weights: finite float32 [O, I] targets with equal I.
+        biases: [O] or None, one per weight.
+        statistics: of the shared input; None where the method has no `needs`.
+    """
+
+    names: Sequence[str]
+    weights: Sequence[Tensor]
+    biases: Sequence[Tensor | None]
+    statistics: InputStatistics | None = None
+
+    @classmethod
+    def of(cls, weights: Sequence[Tensor], statistics: InputStatistics | None = None) -> LinearGroup:
+        """Nameless linears without biases."""
+        names = [f"linear {index}" for index in range(len(weights))]
+        return cls(names=names, weights=weights, biases=[None] * len(weights), statistics=statistics)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,21 +80,74 @@ class MethodOutcome:
         damping: the rung of the damping ladder that factorized; None where nothing was factorized.
     """
 
-    weights: list[QuantizedWeight]
-    damping: float | None
+    weights: Sequence[QuantizedWeight]
+    damping: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
-class Folding:
-    """Options of every weight method that can take up earlier layers' errors (QEP, see `folding.py`).
+class FloatBlock:
+    """A decoder block with its float weights and its calibration inputs, a private copy that may be run and changed.
 
     Args:
-        fold: strength, 0 (off) to 1.
-        fold_damping: fraction of the mean Hessian diagonal added before solving.
+        hidden: residual stream that enters the block, one [windows, tokens, hidden] tensor per batch.
+        arguments: the block's keyword arguments (mask, positions) per batch.
+        ranges: of each stage's inputs, in the order of `family.stages`.
     """
 
+    block: nn.Module
+    family: Family
+    hidden: Sequence[Tensor]
+    arguments: Sequence[Mapping[str, Any]]
+    ranges: Sequence[InputRanges]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockTransform:
+    """A block rewritten before it is quantized, such that it computes the same.
+
+    Args:
+        references: linear -> float32 weight that computes, on the rewritten block's inputs, what the original did.
+        targets: linear -> float32 weight to quantize, where it differs from the reference (clipped).
+        dense: parameter or module-less name within the block ("input_layernorm.weight", "self_attn.v_proj.bias") ->
+            its new value in the model's dtype. Part of the artifact.
+        input_scales: linear -> float32 [I] by which its inputs are now divided; ones where left out.
+    """
+
+    references: Mapping[str, Tensor] = field(default_factory=dict)
+    targets: Mapping[str, Tensor] = field(default_factory=dict)
+    dense: Mapping[str, Tensor] = field(default_factory=dict)
+    input_scales: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method(ABC):
+    """A quantization method with its options: a frozen dataclass, no tensors, devices, logs or IO.
+
+    A subclass adds its own options as fields with defaults, names itself, and says how to `quantize`. The options
+    here are every method's; the engine's other questions are answered as most methods answer them.
+
+    Args:
+        grid: bits, groups and convention of the weights.
+        activations: the grid of the linears' inputs; None leaves activations alone.
+        fold: strength of error folding (QEP, see `folding.py`), 0 (off) to 1.
+        fold_damping: fraction of the mean Hessian diagonal added before solving for the fold.
+        path: which inputs calibrate a block: `quantized`, what the quantized blocks before it put out, or `float`,
+            what the float ones do. The latter does not depend on bits, so that its statistics are shared by cells.
+    """
+
+    grid: Grid
+    activations: ActivationGrid | None = None
     fold: float = 0.0
     fold_damping: float = 1.0
+    path: str = "quantized"
+
+    name: ClassVar[str]
+    # Changes whenever the same input gives another output; part of a job's identity.
+    code_version: ClassVar[str]
+    # What `as_published` and `corrected` set, where paper and released code differ (see docs/methods.md).
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"corrected": {}, "as_published": {}}
+    default_convention: ClassVar[str] = "gptq-asym"
+    weight_bits: ClassVar[tuple[int, ...]] = (1, 2, 3, 4, 5, 6, 7, 8)
 
     def __post_init__(self) -> None:
         """Check the fields.
@@ -49,46 +159,50 @@ class Folding:
             raise QuantizationError(f"options.fold = {self.fold} must be from 0 to 1")
         if self.fold_damping <= 0:
             raise QuantizationError(f"options.fold_damping = {self.fold_damping} must be above 0")
-
-
-class Method(Protocol):
-    """A quantization method with its options: a frozen dataclass, no tensors."""
-
-    @property
-    def grid(self) -> Grid:
-        """The grid it quantizes to."""
-
-    @property
-    def fold(self) -> float:
-        """Strength of error folding; 0 is off."""
+        if self.path not in PATHS:
+            raise QuantizationError(f"options.path = {self.path!r} is none of {', '.join(PATHS)}")
+        if self.fold > 0 and self.path == "float":
+            raise QuantizationError("options.fold corrects earlier layers' errors, which path: float does not see")
+        if self.grid.bits not in self.weight_bits:
+            raise QuantizationError(
+                f"weight_bits = {self.grid.bits}: {self.name} is defined for {_listed(self.weight_bits)}"
+            )
 
     @property
-    def fold_damping(self) -> float:
-        """Damping of error folding."""
-
-    @property
-    def code_version(self) -> str:
-        """Changes whenever the same input gives another output; part of a job's identity."""
-
-    @property
-    def needs_calibration(self) -> bool:
-        """Whether calibration data must stream through the model."""
-
-    @property
-    def needs_drift(self) -> bool:
-        """Whether the float model must run beside the quantized one."""
+    def needs(self) -> Needs:
+        """Folding needs the Hessian and the drift; static activation scales need ranges."""
+        static = self.activations is not None and self.activations.static
+        return Needs(hessian=self.fold > 0, drift=self.fold > 0, ranges=static)
 
     @property
     def true_sequential(self) -> bool:
         """Whether a stage sees the quantized weights of the earlier stages of its own block."""
+        return True
+
+    @property
+    def quantized_outputs(self) -> bool:
+        """Whether the outputs of the first stage (q, k and v) are quantized like the inputs are."""
+        return False
 
     def stores_column_groups(self, in_features: int) -> bool:
         """Whether its artifacts of such linears carry a group index per column."""
+        del in_features
+        return False
 
-    def quantize(self, weights: Sequence[Tensor], statistics: InputStatistics | None) -> MethodOutcome:
-        """Quantize linears that share an input.
+    def transform(self, block: FloatBlock) -> BlockTransform:
+        """Rewrite a float block, once, before its linears are quantized (SmoothQuant's and AWQ's scales). For methods
+        on the float path; by default nothing is rewritten."""
+        del block
+        return BlockTransform()
 
-        Args:
-            weights: finite float32 [O, I] tensors with equal I.
-            statistics: of their shared input; None where `needs_calibration` is false.
+    @abstractmethod
+    def quantize(self, group: LinearGroup) -> MethodOutcome:
+        """Quantize the linears of one stage.
+
+        Raises:
+            QuantizationError: they cannot be quantized; the engine adds their names.
         """
+
+
+def _listed(bits: Sequence[int]) -> str:
+    return f"{bits[0]} to {bits[-1]} bits" if len(bits) > 1 else f"{bits[0]} bit"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,42 +9,23 @@ import torch
 from torch import Tensor
 
 from quantizers.grid import Grid, encode, expand_groups, fit_grid
-from quantizers.method import Folding, MethodOutcome
-from quantizers.quantized_weight import QuantizedWeight
-from quantizers.statistics import InputStatistics
+from quantizers.method import LinearGroup, Method, MethodOutcome
+from quantizers.uniform_weight import UniformWeight
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rtn(Folding):
+class Rtn(Method):
     """Round-to-nearest; without folding it looks at no data. Options only: no tensors, devices, logs or IO."""
 
-    grid: Grid
-
     name: ClassVar[str] = "rtn"
-    code_version: ClassVar[str] = "rtn/1"
-    true_sequential: ClassVar[bool] = True
+    code_version: ClassVar[str] = "rtn/2"
 
-    @property
-    def needs_calibration(self) -> bool:
-        """Only to fold errors."""
-        return self.fold > 0
-
-    @property
-    def needs_drift(self) -> bool:
-        """Only to fold errors."""
-        return self.fold > 0
-
-    def stores_column_groups(self, in_features: int) -> bool:
-        """Never: groups are consecutive columns."""
-        return False
-
-    def quantize(self, weights: Sequence[Tensor], statistics: InputStatistics | None) -> MethodOutcome:
+    def quantize(self, group: LinearGroup) -> MethodOutcome:
         """Quantize linears that share an input, of which nothing is looked at."""
-        del statistics
-        return MethodOutcome(weights=[round_to_nearest(weight, self.grid) for weight in weights], damping=None)
+        return MethodOutcome(weights=[round_to_nearest(weight, self.grid) for weight in group.weights])
 
 
-def round_to_nearest(weight_OI: Tensor, grid: Grid) -> QuantizedWeight:
+def round_to_nearest(weight_OI: Tensor, grid: Grid) -> UniformWeight:
     """Fit min-max grids and round.
 
     Args:
@@ -58,7 +38,7 @@ def round_to_nearest(weight_OI: Tensor, grid: Grid) -> QuantizedWeight:
     codes = encode(
         weight_OI, expand_groups(scale_OG, in_features, grid), expand_groups(zero_OG, in_features, grid), grid
     )
-    return QuantizedWeight(
+    return UniformWeight(
         grid=grid,
         codes_OI=codes.to(torch.uint8),
         scale_OG=scale_OG,

@@ -10,6 +10,9 @@ from torch import Tensor
 # Columns per tile of the symmetric update. Below this a tile is too thin for a fast matrix product.
 _PANEL = 256
 
+# Tokens that methods get to see as they are.
+SAMPLE_TOKENS = 1024
+
 
 class Hessian:
     """H = (2/n) sum X X^T over the n calibration sequences, the Hessian of a linear's squared output error.
@@ -64,13 +67,87 @@ class Drift:
 
 
 @dataclass(frozen=True, kw_only=True)
-class InputStatistics:
-    """What a method is told of the inputs that the linears of one stage share.
+class InputRanges:
+    """How far each input channel of a stage ranges in the float model, over all calibration tokens.
 
     Args:
-        hessian_II: `Hessian.value()` of the inputs in the quantized model.
-        drift_II: `Drift.value()`; None where the method does not ask for it.
+        low_I: the least value, float32.
+        high_I: the largest value, float32.
+        mean_abs_I: the mean magnitude, float32.
     """
 
-    hessian_II: Tensor
+    low_I: Tensor
+    high_I: Tensor
+    mean_abs_I: Tensor
+
+    @property
+    def max_abs_I(self) -> Tensor:  # noqa: N802 - the shape letter
+        """The largest magnitude."""
+        return torch.maximum(-self.low_I, self.high_I)
+
+
+class RangeTracker:
+    """Accumulates `InputRanges`; means are summed in float64, where the device has it, in the order of the batches."""
+
+    def __init__(self, in_features: int, device: torch.device) -> None:
+        """Start with no tokens."""
+        self._low_I = torch.full((in_features,), torch.inf, device=device)
+        self._high_I = torch.full((in_features,), -torch.inf, device=device)
+        self._sum_I = torch.zeros(in_features, dtype=torch.float64)
+        self._num_tokens = 0
+
+    def update(self, inputs_NTI: Tensor) -> None:
+        """Add sequences: [sequences, tokens, in_features], any float dtype."""
+        inputs = inputs_NTI.reshape(-1, inputs_NTI.shape[-1])
+        self._low_I = torch.minimum(self._low_I, inputs.amin(0).float())
+        self._high_I = torch.maximum(self._high_I, inputs.amax(0).float())
+        self._sum_I += inputs.abs().sum(0, dtype=torch.float32).to("cpu", torch.float64)
+        self._num_tokens += inputs.shape[0]
+
+    def value(self) -> InputRanges:
+        """What was seen."""
+        mean = (self._sum_I / max(self._num_tokens, 1)).float().to(self._low_I.device)
+        return InputRanges(low_I=self._low_I, high_I=self._high_I, mean_abs_I=mean)
+
+
+class TokenSample:
+    """The inputs of some tokens, evenly spread over all that pass: every k-th, however they are batched."""
+
+    def __init__(self, num_tokens: int, size: int = SAMPLE_TOKENS) -> None:
+        """Expect `num_tokens` in all and keep about `size` of them."""
+        self._stride = max(1, num_tokens // size)
+        self._passed = 0
+        self._kept: list[Tensor] = []
+
+    def update(self, inputs_NTI: Tensor) -> None:
+        """Pass sequences: [sequences, tokens, in_features], any float dtype."""
+        inputs = inputs_NTI.reshape(-1, inputs_NTI.shape[-1])
+        self._kept.append(inputs[-self._passed % self._stride :: self._stride].float())
+        self._passed += inputs.shape[0]
+
+    def value(self) -> Tensor:
+        """float32 [tokens, in_features]."""
+        return torch.cat(self._kept)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputStatistics:
+    """What a method is told of the inputs that the linears of one stage share; each only if its `needs` ask for it.
+
+    Args:
+        hessian_II: `Hessian.value()` of the inputs, by the method's path.
+        drift_II: `Drift.value()`.
+        sample_TI: float32 inputs of some calibration tokens, evenly spread over the windows.
+        ranges: of the inputs in the float model.
+    """
+
+    hessian_II: Tensor | None = None
     drift_II: Tensor | None = None
+    sample_TI: Tensor | None = None
+    ranges: InputRanges | None = None
+
+    def require_hessian(self) -> Tensor:
+        """The Hessian of a method that asked for it."""
+        if self.hessian_II is None:
+            raise AssertionError("this method did not ask for the Hessian")
+        return self.hessian_II

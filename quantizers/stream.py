@@ -1,160 +1,306 @@
-"""The engine: calibration activations go in, quantized blocks come out, one block at a time."""
+"""The engine: calibration activations go in, quantized blocks come out, one block at a time.
+
+Two paths. On the quantized path a block sees what the quantized blocks before it put out, and its statistics belong to
+one cell. On the float path it sees what the float blocks put out: statistics do not depend on bits, come from
+`float_statistics.py`, and are shared by every cell that needs them.
+"""
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from quantizers.block import Stage, record_inputs, run_block, walk_block
+from quantizers.activations import ActivationQuantizer
+from quantizers.apply import StoredBlock, StoredLinear, quantize_activations
+from quantizers.block import Stage, enter, run_block, walk_block
+from quantizers.block_source import BlockSource, private_copy
 from quantizers.errors import QuantizationError
 from quantizers.families import Family, blocks_of, family_of, linear_at
+from quantizers.float_statistics import collect_float_statistics
 from quantizers.folding import fold_errors
-from quantizers.method import Method
-from quantizers.quantized_weight import QuantizedWeight
-from quantizers.statistics import Drift, Hessian, InputStatistics
+from quantizers.method import BlockTransform, FloatBlock, LinearGroup, Method
+from quantizers.progress import Progress
+from quantizers.statistics import Drift, Hessian, InputRanges, InputStatistics, TokenSample
 
-# Tokens that go through a block at once: large enough for efficient products, small enough for the cache.
-_TOKENS_PER_BATCH = 4096
-
-Progress = Callable[[int, int], None]
+SharedStatistics = Callable[[int], Sequence[InputStatistics]]
+"""Block -> what `collect_float_statistics` yields for it."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class QuantizedLinear:
+class QuantizedLinear(StoredLinear):
     """One linear's artifact with what was measured while making it.
 
     Args:
-        name: full dotted name of the linear in the model, without ".weight".
         weight_error: |W - Q|^2 / |W|^2.
         output_error: tr((W-Q) H (W-Q)^T) / tr(W H W^T), the relative squared error of its outputs; None without data.
         damping: the rung of the damping ladder; None where nothing was factorized.
         seconds: its share of its stage's time.
     """
 
-    name: str
-    weight: QuantizedWeight
     weight_error: float
     output_error: float | None
     damping: float | None
     seconds: float
 
 
+@dataclass(frozen=True, kw_only=True)
+class QuantizedBlock(StoredBlock):
+    """One block's artifact."""
+
+    linears: Sequence[QuantizedLinear]
+    dense: Mapping[str, Tensor] = field(default_factory=dict)
+
+
 @torch.inference_mode()
 def quantize_blocks(
-    model: nn.Module,
+    source: BlockSource,
     method: Method,
     windows: Tensor | None,
     *,
+    shared: SharedStatistics | None = None,
     progress: Progress | None = None,
-) -> Iterator[list[QuantizedLinear]]:
-    """Quantize a causal language model, yielding the linears of one decoder block at a time.
-
-    The model is left as it was: weights that were replaced while their block ran are put back.
+) -> Iterator[QuantizedBlock]:
+    """Quantize a causal language model, yielding one decoder block at a time.
 
     Args:
-        model: a transformers causal LM whose `config.model_type` has a row in `families.py`.
+        source: the float model.
         method: a method with its options.
-        windows: int64 [windows, tokens] calibration tokens; None is fine where `method.needs_calibration` is false.
+        windows: int64 [windows, tokens] calibration tokens; None is fine where the method needs no calibration.
+        shared: statistics of the float model, where they are known already; collected here otherwise.
         progress: called with (blocks done, blocks) before each block and at the end.
     Raises:
-        QuantizationError: unknown family, a group size that does not fit, non-finite weights or activations
-            (with the tensor's name), or a Hessian that cannot be factorized.
+        QuantizationError: a group size that does not fit, non-finite weights or activations (with the tensor's name),
+            or a Hessian that cannot be factorized.
     """
-    family = family_of(model)
-    blocks = blocks_of(model, family)
-    check_model(model, method)
-    hidden: list[Tensor] = []
-    float_hidden: list[Tensor] | None = None
-    arguments: list[list[dict[str, Any]]] = []
-    if method.needs_calibration:
-        if windows is None:
-            raise QuantizationError("this method needs calibration data and none was given")
-        per_batch = max(1, _TOKENS_PER_BATCH // windows.shape[1])
-        hidden, arguments = record_inputs(model, family, list(torch.split(windows, per_batch)))
-        float_hidden = list(hidden) if method.needs_drift else None
-    for index, block in enumerate(blocks):
+    needs = method.needs
+    if needs.calibration and windows is None:
+        raise QuantizationError("this method needs calibration data and none was given")
+    _check_fits(source.block(0), source.family, method, 0)
+    if windows is not None and needs_shared(method) and shared is None:
+        known = list(collect_float_statistics(source, windows, hessians=shares_hessians(method)))
+        shared = known.__getitem__
+    streams = _Streams.enter(source, method, windows) if windows is not None and walks(method) else None
+    quantize = _quantize_on_float_path if method.path == "float" or streams is None else _quantize_on_quantized_path
+    for index in range(source.num_blocks):
         if progress:
-            progress(index, len(blocks))
-        prefix = f"{family.blocks}.{index}."
-        if method.needs_calibration:
-            with _weights_put_back(block, family):
-                streams = _Streams(hidden=hidden, float_hidden=float_hidden, arguments=arguments[index])
-                yield _quantize_block(block, family, method, streams, prefix)
-        else:
-            yield [linear for stage in family.stages for linear in _quantize_stage(block, stage, method, None, prefix)]
+            progress(index, source.num_blocks)
+        work = _Work(
+            block=source.block(index),
+            family=source.family,
+            method=method,
+            prefix=f"{source.family.blocks}.{index}.",
+            shared=shared(index) if shared and needs_shared(method) else None,
+        )
+        _check_fits(work.block, source.family, method, index)
+        yield quantize(work, streams, index)
     if progress:
-        progress(len(blocks), len(blocks))
+        progress(source.num_blocks, source.num_blocks)
+
+
+def needs_shared(method: Method) -> bool:
+    """Whether a method wants statistics of the float model."""
+    return method.needs.ranges or shares_hessians(method)
+
+
+def shares_hessians(method: Method) -> bool:
+    """Whether these include Hessians."""
+    return method.path == "float" and method.needs.hessian
+
+
+def walks(method: Method) -> bool:
+    """Whether calibration activations must stream through the model for this very cell."""
+    needs = method.needs
+    return needs.sample or needs.block or (method.path != "float" and (needs.hessian or needs.drift))
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Streams:
-    """A block's inputs per batch in the quantized model and, where drift is wanted, in the float model."""
+    """The inputs of the block at work per batch: in the model that the path says, and, where drift is wanted, in the
+    float model too. Moved on in place."""
 
     hidden: list[Tensor]
     float_hidden: list[Tensor] | None
-    arguments: Sequence[Mapping[str, Any]]
+    arguments: Sequence[Sequence[Mapping[str, Any]]]
+
+    @classmethod
+    def enter(cls, source: BlockSource, method: Method, windows: Tensor) -> _Streams:
+        hidden, arguments = enter(source, windows)
+        return cls(hidden=hidden, float_hidden=list(hidden) if method.needs.drift else None, arguments=arguments)
 
 
-def _quantize_block(
-    block: nn.Module, family: Family, method: Method, streams: _Streams, prefix: str
-) -> list[QuantizedLinear]:
-    """Quantize the linears of a block and move the streams on to the next one."""
-    results: list[QuantizedLinear] = []
+@dataclass(frozen=True, kw_only=True)
+class _Work:
+    """A block at work: a private copy, whose weights give way to quantized ones."""
 
-    def install(stage: tuple[str, ...], statistics: InputStatistics) -> None:
-        for linear in _quantize_stage(block, stage, method, statistics, prefix):
-            module = linear_at(block, linear.name.removeprefix(prefix))
+    block: nn.Module
+    family: Family
+    method: Method
+    prefix: str
+    shared: Sequence[InputStatistics] | None
+
+    def ranges(self, stage: int) -> InputRanges | None:
+        return self.shared[stage].ranges if self.shared else None
+
+
+def _check_fits(block: nn.Module, family: Family, method: Method, index: int) -> None:
+    for stage in family.stages:
+        for name in stage:
+            method.grid.check_fits(linear_at(block, name).in_features, f"{family.blocks}.{index}.{name}")
+
+
+def _quantize_on_float_path(work: _Work, streams: _Streams | None, index: int) -> QuantizedBlock:
+    """All stages are quantized for the float block's own inputs; the streams move on with the float block's output."""
+    family, method = work.family, work.method
+    for stage in family.stages:
+        _check_finite(work.block, stage, work.prefix)
+    hidden = list(streams.hidden) if streams else []
+    samples: list[Tensor | None] = [None] * len(family.stages)
+    if streams:
+        walk = walk_block(work.block, family, streams.hidden, streams.arguments[index])
+        for number, (stage, inputs) in enumerate(walk):
+            del stage
+            sample = TokenSample(sum(batch.shape[0] * batch.shape[1] for batch in hidden))
+            for batch in inputs:
+                sample.update(batch)
+            samples[number] = sample.value()
+    transform = method.transform(
+        FloatBlock(
+            block=work.block,
+            family=family,
+            hidden=hidden,
+            arguments=streams.arguments[index] if streams else [],
+            ranges=[statistics.ranges for statistics in work.shared or () if statistics.ranges is not None],
+        )
+    )
+    linears: list[QuantizedLinear] = []
+    for number, stage in enumerate(family.stages):
+        statistics = _rescaled(
+            InputStatistics(
+                hessian_II=work.shared[number].hessian_II if work.shared else None,
+                sample_TI=samples[number],
+                ranges=work.ranges(number),
+            ),
+            transform.input_scales.get(stage[0]),
+        )
+        linears += _quantize_stage(work, number, statistics, transform)
+    return QuantizedBlock(linears=linears, dense={work.prefix + name: value for name, value in transform.dense.items()})
+
+
+def _rescaled(statistics: InputStatistics, scale_I: Tensor | None) -> InputStatistics:
+    """The statistics of the same inputs divided by `scale_I`."""
+    if scale_I is None:
+        return statistics
+    hessian_II, sample_TI, ranges = statistics.hessian_II, statistics.sample_TI, statistics.ranges
+    return InputStatistics(
+        hessian_II=None if hessian_II is None else hessian_II / scale_I / scale_I[:, None],
+        sample_TI=None if sample_TI is None else sample_TI / scale_I,
+        ranges=None
+        if ranges is None
+        else InputRanges(
+            low_I=ranges.low_I / scale_I, high_I=ranges.high_I / scale_I, mean_abs_I=ranges.mean_abs_I / scale_I
+        ),
+    )
+
+
+def _quantize_on_quantized_path(work: _Work, streams: _Streams | None, index: int) -> QuantizedBlock:
+    """Stages are quantized as data reaches them; the streams move on with the quantized block's output."""
+    if streams is None:
+        raise AssertionError("the quantized path needs calibration activations")
+    family, method, block = work.family, work.method, work.block
+    linears: list[QuantizedLinear] = []
+
+    def install(number: int, statistics: InputStatistics) -> None:
+        for linear in _quantize_stage(work, number, statistics, BlockTransform()):
+            module = linear_at(block, linear.name.removeprefix(work.prefix))
             decoded = linear.weight.decode().to(module.weight.dtype)
             module.weight = nn.Parameter(decoded, requires_grad=False)
-            results.append(linear)
+            linears.append(linear)
 
     float_walk: Iterator[Stage] | None = None
     if streams.float_hidden is not None:  # a twin keeps the float weights while the block's own are replaced
-        float_walk = walk_block(copy.deepcopy(block), family, streams.float_hidden, streams.arguments)
+        float_walk = walk_block(private_copy(block), family, streams.float_hidden, streams.arguments[index])
     # Not true-sequential: all statistics come from the float block; its output is dropped.
     hidden = streams.hidden if method.true_sequential else list(streams.hidden)
-    pending: list[tuple[tuple[str, ...], InputStatistics]] = []
-    for stage, inputs in walk_block(block, family, hidden, streams.arguments):
+    pending: list[InputStatistics] = []
+    for number, (stage, inputs) in enumerate(walk_block(block, family, hidden, streams.arguments[index])):
         # Before this stage runs: a weight that is not finite would spoil, and so blame, the inputs of the next.
-        _check_finite(block, stage, prefix)
-        statistics = _collect(block, stage, inputs, next(float_walk)[1] if float_walk else None, prefix)
+        _check_finite(block, stage, work.prefix)
+        quantizer = _attach_activations(work, number)
+        statistics = _collect(work, number, inputs, next(float_walk)[1] if float_walk else None, quantizer)
         if method.true_sequential:
-            install(stage, statistics)
+            install(number, statistics)
         else:
-            pending.append((stage, statistics))
+            pending.append(statistics)
     for _ in float_walk or ():
         raise AssertionError("the float walk has more stages than the quantized one")
     if not method.true_sequential:
-        for stage, statistics in pending:
-            install(stage, statistics)
-        run_block(block, family, streams.hidden, streams.arguments)
-    return results
+        for number, statistics in enumerate(pending):
+            install(number, statistics)
+        run_block(block, family, streams.hidden, streams.arguments[index])
+    return QuantizedBlock(linears=linears)
+
+
+def _activation_quantizers(
+    work: _Work, number: int, ranges: InputRanges | None
+) -> tuple[ActivationQuantizer | None, ActivationQuantizer | None]:
+    """How a stage's inputs and outputs are quantized."""
+    grid = work.method.activations
+    if grid is None:
+        return None, None
+    if ranges is not None:
+        inputs = ActivationQuantizer.calibrated(grid, ranges.low_I, ranges.high_I)
+    else:
+        inputs = ActivationQuantizer(grid=grid)
+    outputs = ActivationQuantizer(grid=grid) if number == 0 and work.method.quantized_outputs else None
+    return inputs, outputs
+
+
+def _attach_activations(work: _Work, number: int) -> ActivationQuantizer | None:
+    """From here on the block quantizes this stage's activations as the finished model will."""
+    inputs, outputs = _activation_quantizers(work, number, work.ranges(number))
+    for name in work.family.stages[number]:
+        quantize_activations(linear_at(work.block, name), inputs, outputs)
+    return inputs
 
 
 def _collect(
-    block: nn.Module,
-    stage: tuple[str, ...],
+    work: _Work,
+    number: int,
     inputs: Iterator[Tensor],
     float_inputs: Iterator[Tensor] | None,
-    prefix: str,
+    quantizer: ActivationQuantizer | None,
 ) -> InputStatistics:
-    weight = linear_at(block, stage[0]).weight
+    needs, name = work.method.needs, work.family.stages[number][0]
+    weight = linear_at(work.block, name).weight
     hessian = Hessian(weight.shape[1], weight.device)
     drift = Drift(weight.shape[1], weight.device) if float_inputs is not None else None
-    for batch in inputs:
-        hessian.update(batch)
+    batches = list(inputs) if needs.sample else inputs
+    for batch in batches:
+        seen = quantizer(batch) if quantizer else batch
+        hessian.update(seen)
         if drift is not None and float_inputs is not None:
-            drift.update(batch, next(float_inputs))
-    statistics = InputStatistics(hessian_II=hessian.value(), drift_II=drift.value() if drift else None)
-    if not torch.isfinite(statistics.hessian_II.diagonal()).all():
-        raise QuantizationError(f"the calibration inputs of {prefix}{stage[0]} hold NaN or infinity")
+            drift.update(seen, next(float_inputs))
+    statistics = InputStatistics(
+        hessian_II=hessian.value(),
+        drift_II=drift.value() if drift else None,
+        sample_TI=_sample(batches, quantizer) if isinstance(batches, list) else None,
+        ranges=work.ranges(number),
+    )
+    if not torch.isfinite(statistics.require_hessian().diagonal()).all():
+        raise QuantizationError(f"the calibration inputs of {work.prefix}{name} hold NaN or infinity")
     return statistics
+
+
+def _sample(batches: Sequence[Tensor], quantizer: ActivationQuantizer | None) -> Tensor:
+    sample = TokenSample(sum(batch.shape[0] * batch.shape[1] for batch in batches))
+    for batch in batches:
+        sample.update(quantizer(batch) if quantizer else batch)
+    return sample.value()
 
 
 def _check_finite(block: nn.Module, stage: tuple[str, ...], prefix: str) -> None:
@@ -164,27 +310,41 @@ def _check_finite(block: nn.Module, stage: tuple[str, ...], prefix: str) -> None
 
 
 def _quantize_stage(
-    block: nn.Module, stage: tuple[str, ...], method: Method, statistics: InputStatistics | None, prefix: str
+    work: _Work, number: int, statistics: InputStatistics, transform: BlockTransform
 ) -> list[QuantizedLinear]:
     started = time.perf_counter()
-    _check_finite(block, stage, prefix)
-    weights = [linear_at(block, name).weight.float() for name in stage]
-    targets = weights
-    if method.fold > 0 and statistics is not None:
-        targets = [fold_errors(weight, statistics, method.fold, method.fold_damping) for weight in weights]
+    method, stage = work.method, work.family.stages[number]
+    modules = [linear_at(work.block, name) for name in stage]
+    references = [
+        transform.references[name] if name in transform.references else module.weight.float()
+        for name, module in zip(stage, modules, strict=True)
+    ]
+    targets = [transform.targets.get(name, reference) for name, reference in zip(stage, references, strict=True)]
+    if method.fold > 0:
+        targets = [fold_errors(weight, statistics, method.fold, method.fold_damping) for weight in targets]
+    biases = [transform.dense.get(f"{name}.bias", module.bias) for name, module in zip(stage, modules, strict=True)]
+    group = LinearGroup(
+        names=stage,
+        weights=targets,
+        biases=[None if bias is None else bias.float() for bias in biases],
+        statistics=statistics if method.needs.calibration else None,
+    )
     try:
-        outcome = method.quantize(targets, statistics)
+        outcome = method.quantize(group)
+        inputs, outputs = _activation_quantizers(work, number, statistics.ranges)
     except QuantizationError as error:
-        raise QuantizationError(f"{prefix}{' and '.join(stage)}: {error}") from error
+        raise QuantizationError(f"{work.prefix}{' and '.join(stage)}: {error}") from error
     errors = [
-        _relative_errors(weight, quantized.decode(), statistics.hessian_II if statistics else None)
-        for weight, quantized in zip(weights, outcome.weights, strict=True)
+        _relative_errors(reference, quantized.decode(), statistics)
+        for reference, quantized in zip(references, outcome.weights, strict=True)
     ]
     seconds = (time.perf_counter() - started) / len(stage)
     return [
         QuantizedLinear(
-            name=prefix + name,
+            name=work.prefix + name,
             weight=quantized,
+            inputs=inputs,
+            outputs=outputs,
             weight_error=weight_error,
             output_error=output_error,
             damping=outcome.damping,
@@ -194,31 +354,24 @@ def _quantize_stage(
     ]
 
 
-def _relative_errors(weight: Tensor, decoded: Tensor, hessian_II: Tensor | None) -> tuple[float, float | None]:
+def _relative_errors(weight: Tensor, decoded: Tensor, statistics: InputStatistics) -> tuple[float, float | None]:
+    """Of the weight, and of the outputs: by the Hessian where it is known, else on the sample of tokens."""
     difference = weight - decoded
     weight_error = _ratio(difference.square().sum(), weight.square().sum())
-    if hessian_II is None:
+    hessian_II, sample_TI = statistics.hessian_II, statistics.sample_TI
+    if hessian_II is not None:
+        lost, whole = ((difference @ hessian_II) * difference).sum(), ((weight @ hessian_II) * weight).sum()
+    elif sample_TI is not None:
+        lost, whole = (sample_TI @ difference.T).square().sum(), (sample_TI @ weight.T).square().sum()
+    else:
         return weight_error, None
-    output_error = _ratio(((difference @ hessian_II) * difference).sum(), ((weight @ hessian_II) * weight).sum())
-    return weight_error, output_error
+    return weight_error, _ratio(lost, whole)
 
 
 def _ratio(error: Tensor, reference: Tensor) -> float:
     if reference.item() == 0:
         return 0.0 if error.item() == 0 else float("inf")
     return (error / reference).item()
-
-
-class _weights_put_back:  # noqa: N801 - reads as a statement: with _weights_put_back(block, family)
-    def __init__(self, block: nn.Module, family: Family) -> None:
-        self._modules = [linear_at(block, name) for stage in family.stages for name in stage]
-
-    def __enter__(self) -> None:
-        self._originals = [module.weight for module in self._modules]
-
-    def __exit__(self, *_: object) -> None:
-        for module, original in zip(self._modules, self._originals, strict=True):
-            module.weight = original
 
 
 def linears_of(model: nn.Module) -> dict[str, tuple[int, int]]:

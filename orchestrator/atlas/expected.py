@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from orchestrator.atlas.rows import FP, Cell, canonical
+from orchestrator.scheme import GRID_OPTIONS
 
 PER_CHANNEL = "per_channel"
 
@@ -69,7 +70,8 @@ def _schemes(config: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
             continue
         fields = {name: value for name, value in entry.items() if name != "options" and value is not None}
         options = entry.get("options")
-        options = options if isinstance(options, Mapping) else {}
+        options = dict(options) if isinstance(options, Mapping) else {}
+        options |= {name: fields.pop(name) for name in GRID_OPTIONS if name in fields}
         axes = [[(name, value) for value in as_list(values)] for name, values in fields.items()]
         option_axes = [[(name, value) for value in as_list(values)] for name, values in options.items()]
         for chosen in itertools.product(*axes):

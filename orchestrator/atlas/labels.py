@@ -47,7 +47,7 @@ def variant_labels(cells: Sequence[Cell]) -> dict[CellKey, str]:
     labels: dict[CellKey, str] = {}
     for method in dict.fromkeys(cell.method for cell in cells):
         family = [cell for cell in cells if cell.method == method]
-        options = _varying([cell.options for cell in family])
+        options = _varying([cell.options for cell in family], where_absent=False)
         # A cell without calibration data is one that needs none; it varies in nothing.
         calibration = _varying([cell.calibration for cell in family if cell.calibration])
         for cell in family:
@@ -75,9 +75,14 @@ def _without_twins(cells: Sequence[Cell], labels: dict[CellKey, str]) -> dict[Ce
     return labels
 
 
-def _varying(objects: Sequence[Mapping[str, Any]]) -> list[str]:
+def _varying(objects: Sequence[Mapping[str, Any]], *, where_absent: bool = True) -> list[str]:
+    """Names whose values differ; `where_absent`: an object that lacks one differs from those that have it."""
     names = dict.fromkeys(name for item in objects for name in item)
-    return [name for name in names if len({json.dumps(item.get(name), default=str) for item in objects}) > 1]
+    return [
+        name
+        for name in names
+        if len({json.dumps(item.get(name), default=str) for item in objects if where_absent or name in item}) > 1
+    ]
 
 
 def _scalar(value: object) -> str:

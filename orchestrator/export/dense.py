@@ -21,26 +21,19 @@ def export_dense(layout: Layout, cell: str, to: Path) -> int:
     Raises:
         BitatlasError: no such cell, its artifact or model is gone, or `to` exists.
     """
-    from orchestrator.models.checkpoint import checkpoint_digest
-    from orchestrator.models.loading import load_model
-    from orchestrator.models.source import node_cache, resolve_model
-    from quantizers.apply import decoded_weights
+    from orchestrator.models.loading import load_model, verified_directory
+    from quantizers.apply import installed
 
     if to.exists():
         raise BitatlasError(f"--to {to} exists; give a directory that does not")
     artifact = find_cell(layout, cell)
     made_from = artifact.manifest["model"]
-    directory = resolve_model(made_from["source"], f"the model of {cell}")
-    if checkpoint_digest(directory, node_cache()) != made_from["digest"]:
-        raise BitatlasError(
-            f"{directory} now holds other weights than those that were quantized as {cell}; "
-            "bring the old ones back, or run the sweep again"
-        )
+    directory = verified_directory(made_from, f"the model of {cell}")
     model = load_model(directory, made_from["dtype"])
     to.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{to.name}.", dir=to.parent))
     try:
-        with decoded_weights(model, artifact.weights()):
+        with installed(model, artifact.blocks()):
             model.save_pretrained(scratch)
         for pattern in _COPIED:
             for file in directory.glob(pattern):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -138,3 +139,24 @@ def load_tokenizer(directory: Path, where: str = "model") -> PreTrainedTokenizer
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except (ValueError, OSError, KeyError) as error:
         raise BitatlasError(f"{where} = '{directory}': no usable tokenizer ({reason(error)})") from error
+
+
+def verified_directory(model: Mapping[str, str], what: str) -> Path:
+    """Where a model is on this node, once it is sure to be the one that was planned.
+
+    Args:
+        model: its `source` and `digest`.
+        what: how to name it in errors.
+    Raises:
+        BitatlasError: it is not there, or is another one.
+    """
+    from orchestrator.models.checkpoint import checkpoint_digest
+    from orchestrator.models.source import node_cache, resolve_model
+
+    directory = resolve_model(model["source"], what)
+    if checkpoint_digest(directory, node_cache()) != model["digest"]:
+        raise BitatlasError(
+            f"{what} ({model['source']}) is not the one that was planned: this node holds other weights, or they "
+            "changed since; bring the old ones back, or run the sweep again"
+        )
+    return directory

@@ -1,17 +1,24 @@
-"""`make bench`: each benchmark measures ratios against a real peer in one run and writes outputs/benchmarks/*.json."""
+"""`make bench`: each benchmark measures ratios in one run and writes outputs/benchmarks/*.json."""
 
 import argparse
 import importlib
 import json
 from pathlib import Path
 
-BENCHMARKS = {"gptq": "GPTQ W4 g64 against llm-compressor: perplexity and wall time"}
+PEERS = {
+    "gptq": "GPTQ W4 g64 against llm-compressor: perplexity and wall time",
+    "awq": "AWQ W4 g64 against llm-compressor: perplexity and wall time",
+    "smoothquant": "SmoothQuant W8A8 against llm-compressor: perplexity and wall time",
+}
+# Not run unless named: it writes 16 GB.
+LARGE = {"memory": "peak memory of quantizing a synthetic 7B checkpoint block by block"}
+BENCHMARKS = PEERS | LARGE
 
 
 def main():
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
     parser.add_argument("names", nargs="*", help="; ".join(f"{name}: {what}" for name, what in BENCHMARKS.items()))
-    names = parser.parse_args().names or list(BENCHMARKS)
+    names = parser.parse_args().names or list(PEERS)
     root = Path(__file__).resolve().parents[2]
     results = root / "outputs" / "benchmarks"
     results.mkdir(parents=True, exist_ok=True)

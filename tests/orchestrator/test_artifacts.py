@@ -1,6 +1,7 @@
 """Artifacts: what is written is what is read, bit for bit, and nothing unfinished has a name."""
 
 import json
+import math
 import subprocess
 import sys
 import threading
@@ -11,6 +12,7 @@ import torch
 from orchestrator.artifacts import ArtifactWriter, find_artifact, remove_unfinished
 from orchestrator.errors import BitatlasError
 from orchestrator.scheme import parse_scheme
+from quantizers.block_source import InMemory
 from quantizers.stream import quantize_blocks
 
 SCHEMES = [
@@ -19,6 +21,10 @@ SCHEMES = [
     {"method": "rtn", "weight_bits": 3, "symmetric": True, "scale_dtype": "bfloat16"},
     {"method": "rtn", "weight_bits": 5, "group_size": 48, "tail_group": True},
     {"method": "gptq", "weight_bits": 2, "group_size": 16, "options": {"act_order": True, "static_groups": False}},
+    {"method": "billm", "weight_bits": 1},
+    {"method": "slim_llm", "weight_bits": 2, "group_size": 16},
+    {"method": "rtn", "weight_bits": 8, "activation_bits": 8, "activation_granularity": "per_tensor"},
+    {"method": "rtn", "weight_bits": 4, "activation_bits": 4, "activation_symmetric": False},
 ]
 
 
@@ -31,7 +37,7 @@ def model(tmp_path_factory, make_checkpoint):
 
 @pytest.fixture(scope="module")
 def blocks(model):
-    return list(quantize_blocks(model, parse_scheme(SCHEMES[0], "x").build(), None))
+    return list(quantize_blocks(InMemory(model), parse_scheme(SCHEMES[0], "x").build(), None))
 
 
 def write(directory, blocks, **facts):
@@ -44,23 +50,24 @@ def write(directory, blocks, **facts):
 @pytest.mark.parametrize("fields", SCHEMES, ids=lambda fields: f"{fields['method']}{fields['weight_bits']}")
 def test_every_part_comes_back_bit_for_bit(model, tmp_path, fields):
     windows = torch.randint(0, 256, (2, 32), generator=torch.Generator().manual_seed(0))
-    made = list(quantize_blocks(model, parse_scheme(fields, "x").build(), windows))
+    made = list(quantize_blocks(InMemory(model), parse_scheme(fields, "x").build(), windows))
     write(tmp_path / "key", made)
     artifact = find_artifact(tmp_path / "key")
-    read = dict(artifact.weights())
-    written = {linear.name: linear for block in made for linear in block}
+    read = {linear.name: linear for block in artifact.blocks() for linear in block.linears}
+    written = {linear.name: linear for block in made for linear in block.linears}
     assert list(read) == list(written)
-    for name, weight in read.items():
-        expected = written[name].weight
-        assert weight.grid == expected.grid
-        assert torch.equal(weight.codes_OI, expected.codes_OI)
-        assert torch.equal(weight.scale_OG, expected.scale_OG)
+    for name, linear in read.items():
+        weight, expected = linear.weight, written[name].weight
+        assert weight.encoding == expected.encoding
+        assert weight.spec() == expected.spec()
         assert torch.equal(weight.decode(), expected.decode())
-        if expected.column_group_I is not None:
-            assert torch.equal(weight.column_group_I, expected.column_group_I.to(torch.int32))
+        assert all(torch.equal(part, expected.pack()[key]) for key, part in weight.pack().items())
+        for place in ("inputs", "outputs"):
+            ours, theirs = getattr(linear, place), getattr(written[name], place)
+            assert (ours and ours.spec()) == (theirs and theirs.spec())
         assert artifact.manifest["linears"][name]["output_error"] == written[name].output_error
-    assert artifact.stored_bytes == sum(linear.weight.stored_bytes for linear in written.values())
-    assert artifact.num_weights == sum(linear.weight.codes_OI.numel() for linear in written.values())
+    assert artifact.stored_bytes == sum(linear.stored_bytes for linear in written.values())
+    assert artifact.num_weights == sum(math.prod(linear.weight.shape) for linear in written.values())
 
 
 def test_the_stored_bytes_are_those_on_disk(blocks, tmp_path):
@@ -118,7 +125,7 @@ def test_two_workers_that_finish_the_same_key(blocks, tmp_path):
     assert len(finished) == 4
     assert {artifact.directory for artifact in finished} == {tmp_path / "key"}
     assert [path.name for path in tmp_path.iterdir()] == ["key"]
-    assert len(dict(finished[0].weights())) == 14
+    assert sum(len(block.linears) for block in finished[0].blocks()) == 14
 
 
 @pytest.mark.parametrize("harm", ["flip", "truncate", "remove"])
@@ -132,7 +139,7 @@ def test_a_file_that_was_changed_is_refused_by_name(blocks, tmp_path, harm):
         content[-1] ^= 1
         file.write_bytes(content if harm == "flip" else content[:-10])
     with pytest.raises(BitatlasError, match=r"block-0001.safetensors is missing or was changed .*; delete .*key and"):
-        dict(artifact.weights())
+        list(artifact.blocks())
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[]", b"3"])
@@ -146,11 +153,11 @@ def test_a_manifest_that_cannot_be_read_is_refused(tmp_path, content):
 def test_the_manifest_is_plain_json(blocks, tmp_path):
     write(tmp_path / "key", blocks)
     manifest = json.loads((tmp_path / "key" / "artifact.json").read_text())
-    assert manifest["format"] == "bitatlas-artifact/1"
+    assert manifest["format"] == "bitatlas-artifact/2"
     assert list(manifest["files"]) == ["block-0000.safetensors", "block-0001.safetensors"]
     linear = manifest["linears"]["model.layers.1.mlp.down_proj"]
     assert (linear["out_features"], linear["in_features"]) == (64, 128)
-    assert linear["grid"]["bits"] == 4
+    assert linear["spec"]["grid"]["bits"] == 4
     assert linear["output_error"] is None
 
 
@@ -162,14 +169,14 @@ from cluster.failures import classify
 from orchestrator.artifacts import ArtifactWriter
 from quantizers.grid import Grid
 from quantizers.rtn import round_to_nearest
-from quantizers.stream import QuantizedLinear
+from quantizers.stream import QuantizedBlock, QuantizedLinear
 torch.set_num_threads(1)
 weight = round_to_nearest(torch.randn(256, 256), Grid(bits=8))
 linear = QuantizedLinear(name="a", weight=weight, weight_error=0, output_error=None, damping=None, seconds=0)
 writer = ArtifactWriter(Path(sys.argv[1]) / "key")
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 try:
-    writer.add_block([linear])
+    writer.add_block(QuantizedBlock(linears=[linear]))
 except Exception as error:
     print(classify(error).kind)
 writer.discard()

@@ -9,7 +9,7 @@ from cluster.failures import Failure
 from cluster.pool import WorkerInfo
 from orchestrator.rows import cell_columns, failure_row, outcome_rows, size_columns
 from orchestrator.schema import ITEMS, LAYERS, RESULTS
-from quantizers.quantized_weight import stored_bytes
+from quantizers.uniform_weight import stored_bytes
 
 BEGAN, ENDED = (datetime(2026, 1, 1, hour, tzinfo=UTC) for hour in (1, 2))
 WORKER = WorkerInfo(name="cpu-0@host", device="a processor", process_id=7)
@@ -28,6 +28,7 @@ def outcome(**changes):
         "reused": False,
         "quantize_seconds": 1.5,
         "stored_bytes": 9216,
+        "published_bits_per_weight": None,
         "protocol": {"windows": 2, "sequence_length": 64},
         "metrics": [metric],
         "items": [{"doc_id": 0, "log_likelihoods": [-3.0], "target": None, "metric": "nll", "value": 3.0}],
@@ -67,6 +68,7 @@ def test_a_quantizing_job_leaves_layers_alone(jobs, model_input):
         "in_features": 64,
         "bits_per_weight": 4.5,
         "stored_bytes": 9216,
+        "published_bits_per_weight": None,
         "weight_error": 0.01,
         "output_error": None,
         "damping": None,

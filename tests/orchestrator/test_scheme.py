@@ -10,14 +10,23 @@ from quantizers.methods import METHODS
 
 RTN = {"method": "rtn", "weight_bits": 4}
 GPTQ = {"method": "gptq", "weight_bits": 4}
+ONE = {"scale_dtype": "float32"}
+GROUP = {"billm": "per_channel", "slim_llm": 32}
 
 REFUSED = [
     *[(RTN | {"weight_bits": bits}, f".weight_bits = {bits!r}: must be a whole number from 1 to 8")
       for bits in (0, 9, -1, 2.5, 4.0, "4", True, None)],
     *[(RTN | {"group_size": size}, f".group_size = {size!r}: must be a positive whole number of input columns")
       for size in (0, -64, 2.5, "64", "channel", True, None)],
-    *[(RTN | {"activation_bits": bits}, f".activation_bits = {bits!r}: rtn quantizes weights only; use 16")
-      for bits in (8, True, None, "16")],
+    *[(RTN | {"activation_bits": bits}, f".activation_bits = {bits!r}: must be a whole number from 2 to 8, or 16")
+      for bits in (1, 9, True, None, "16")],
+    (RTN | {"activation_symmetric": False}, ".activation_symmetric says nothing without activation_bits below 16"),
+    (RTN | {"activation_bits": 8, "activation_granularity": "per_row"}, "'per_row' is none of"),
+    (RTN | {"activation_bits": 8, "activation_clip_ratio": 0}, "activation_clip_ratio = 0.0 must be above 0"),
+    (RTN | {"convention": "gptq-assym"}, "convention = 'gptq-assym' is none of"),
+    (RTN | {"convention": "sq-sym", "symmetric": False}, ".symmetric = False contradicts convention = 'sq-sym'"),
+    (RTN | {"weight_bits": 1, "mse_search": True}, "mse_search has no range to shrink at 1 bit"),
+    (GPTQ | {"options": {"preset": "as_publishd"}}, ".preset = 'as_publishd' is unknown; did you mean 'as_published'?"),
     *[(RTN | {"symmetric": value}, f".symmetric = {value!r}: must be true or false") for value in ("yes", 1, None)],
     *[(RTN | {"tail_group": value}, f".tail_group = {value!r}: must be true or false") for value in ("yes", 0)],
     (RTN | {"scale_dtype": 16}, ".scale_dtype = 16: must be text"),
@@ -32,10 +41,10 @@ REFUSED = [
     (RTN | {"options": None}, ".options = None: must be a mapping of the method's options"),
     (
         RTN | {"options": {"act_order": True}},
-        ".options: unknown option 'act_order'; this method's options: fold, fold_damping",
+        ".options: unknown option 'act_order'; this method's options: preset, fold, fold_damping, path",
     ),
     (GPTQ | {"options": {"act_ordr": True}}, ".options: unknown option 'act_ordr'; did you mean 'act_order'?; "),
-    (GPTQ | {"options": {1: 2}}, ".options: unknown option 1; this method's options: fold, fold_damping, act_order, "),
+    (GPTQ | {"options": {1: 2}}, ".options: unknown option 1; this method's options: preset, fold, "),
     (GPTQ | {"options": {"act_order": 1}}, ".options.act_order = 1: must be true or false"),
     (GPTQ | {"options": {"damping": "a"}}, ".options.damping = 'a': must be a number"),
     (GPTQ | {"options": {"damping": True}}, ".options.damping = True: must be a number"),
@@ -61,6 +70,9 @@ def test_refused_with_the_field_and_the_rule(fields, words):
         (RTN | {"group_size": "per_channel"}, "rtn-w4-pc"),
         (RTN | {"group_size": 64, "activation_bits": 16}, "rtn-w4-g64"),
         (GPTQ | {"symmetric": True, "group_size": 32}, "gptq-w4-g32-sym"),
+        (RTN | {"activation_bits": 8}, "rtn-w4a8-pc"),
+        (RTN | {"convention": "awq-asym", "mse_search": True}, "rtn-w4-pc-awq-asym-mse"),
+        (GPTQ | {"options": {"preset": "as_published"}}, "gptq-w4-pc-as_published"),
     ],
 )
 def test_label(fields, label):
@@ -84,6 +96,13 @@ def test_whole_numbers_are_numbers():
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_every_method_builds_what_it_says(method, bits):
     fields = {"method": method, "weight_bits": bits, "group_size": 32, "symmetric": True, "scale_dtype": "float32"}
+    if bits not in METHODS[method].weight_bits:
+        with pytest.raises(BitatlasError, match=f"weight_bits = {bits}: {method} is defined for"):
+            parse_scheme(fields, "x")
+        return
+    if method in ("billm", "slim_llm"):
+        assert parse_scheme(ONE | {"method": method, "weight_bits": bits, "group_size": GROUP[method]}, "x").build()
+        return
     scheme = parse_scheme(fields, "x")
     built = scheme.build()
     assert (built.grid.bits, built.grid.group_size, built.grid.symmetric, built.grid.scale_dtype) == (
@@ -92,5 +111,27 @@ def test_every_method_builds_what_it_says(method, bits):
         True,
         "float32",
     )
-    assert scheme.needs_calibration == built.needs_calibration
+    assert scheme.needs_calibration == built.needs.calibration
+    assert parse_scheme(scheme.as_entry(), "x") == scheme
+
+
+def test_a_preset_sets_options_and_an_option_beats_it():
+    published = parse_scheme({"method": "gptaq", "weight_bits": 4, "options": {"preset": "as_published"}}, "x")
+    assert published.build().carry == "q"
+    assert '"preset": "as_published"' in published.options
+    mixed = parse_scheme(
+        {"method": "gptaq", "weight_bits": 4, "options": {"preset": "as_published", "carry": "w"}}, "x"
+    )
+    assert mixed.build().carry == "w"
+    assert mixed.build().stale_groups
+
+
+def test_quantized_activations():
+    fields = RTN | {"activation_bits": 8, "activation_granularity": "per_tensor", "activation_symmetric": False}
+    scheme = parse_scheme(fields, "x")
+    grid = scheme.build().activations
+    assert (grid.bits, grid.granularity, grid.symmetric, grid.clip_ratio) == (8, "per_tensor", False, 1.0)
+    assert scheme.needs_calibration
+    assert '"activation_granularity": "per_tensor"' in scheme.row_options
+    assert "activation" not in parse_scheme(RTN, "x").row_options
     assert parse_scheme(scheme.as_entry(), "x") == scheme

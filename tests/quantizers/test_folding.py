@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from quantizers.block_source import InMemory
 from quantizers.errors import QuantizationError
 from quantizers.folding import fold_errors
 from quantizers.gptq import Gptq
@@ -56,14 +57,13 @@ def test_statistics_are_left_alone(problem):
 @pytest.mark.parametrize("kind", [Rtn, Gptq])
 def test_folding_brings_the_model_nearer_to_the_float_one(llama, windows, kind):
     """With all of the projection, on the very tokens that it was fitted to."""
-    from quantizers.apply import decoded_weights
+    from quantizers.apply import installed
 
     expected = llama(windows).logits
 
     def distance(fold):
         method = kind(grid=Grid(bits=3), fold=fold, fold_damping=0.01)
-        parts = [part for block in quantize_blocks(llama, method, windows) for part in block]
-        with decoded_weights(llama, ((part.name, part.weight) for part in parts)):
+        with installed(llama, list(quantize_blocks(InMemory(llama), method, windows))):
             return (llama(windows).logits - expected).square().mean().item()
 
     assert distance(1.0) < distance(0.0)
@@ -77,7 +77,7 @@ def test_bad_options(kind, options):
 
 
 def test_data_is_needed_only_to_fold():
-    assert not Rtn(grid=Grid(bits=4)).needs_calibration
-    assert Rtn(grid=Grid(bits=4), fold=0.5).needs_calibration
-    assert not Gptq(grid=Grid(bits=4)).needs_drift
-    assert Gptq(grid=Grid(bits=4), fold=0.5).needs_drift
+    assert not Rtn(grid=Grid(bits=4)).needs.calibration
+    assert Rtn(grid=Grid(bits=4), fold=0.5).needs.calibration
+    assert not Gptq(grid=Grid(bits=4)).needs.drift
+    assert Gptq(grid=Grid(bits=4), fold=0.5).needs.drift

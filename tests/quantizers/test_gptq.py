@@ -9,9 +9,11 @@ import torch
 from quantizers.errors import QuantizationError
 from quantizers.gptq import Gptq, gptq
 from quantizers.grid import Grid, fit_group
+from quantizers.method import LinearGroup
 from quantizers.rtn import round_to_nearest
 from quantizers.statistics import InputStatistics
 from tests.reference import gptq as reference
+from tests.reference.grids import CONVENTION
 
 
 def objective(weight, decoded, hessian):
@@ -60,7 +62,7 @@ def compare(weight, hessian, options, lax_rows=0):
 @pytest.mark.parametrize("group_size", [0, 24, 32])  # 32 leaves a tail of 8
 def test_equals_the_reference(make_problem, bits, symmetric, act_order, static_groups, group_size):
     weight, hessian = make_problem(bits, 16, 72)
-    grid = Grid(bits=bits, symmetric=symmetric, group_size=group_size, tail_group=True)
+    grid = Grid(bits=bits, convention=CONVENTION[symmetric], group_size=group_size, tail_group=True)
     compare(weight, hessian, Gptq(grid=grid, act_order=act_order, static_groups=static_groups), lax_rows=1)
 
 
@@ -118,7 +120,7 @@ def equal(first, second):
 def test_inputs_that_do_not_correlate_make_it_rtn(make_problem, act_order, bits, symmetric, group_size):
     """With a diagonal Hessian no column corrects another: bit for bit RTN."""
     weight, hessian = make_problem(bits, 8, 80)
-    grid = Grid(bits=bits, symmetric=symmetric, group_size=group_size, tail_group=True)
+    grid = Grid(bits=bits, convention=CONVENTION[symmetric], group_size=group_size, tail_group=True)
     for diagonal in (torch.ones(80), hessian.diagonal()):
         quantized, _ = gptq(weight, torch.diag(diagonal), Gptq(grid=grid, act_order=act_order))
         equal(quantized, round_to_nearest(weight, grid))
@@ -272,9 +274,12 @@ def test_column_groups_are_stored_only_where_they_are_needed(make_problem):
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_stacked_linears_equal_separate_ones(make_problem, static_groups, symmetric):
     weight, hessian = make_problem(10, 24, 64)
-    method = Gptq(grid=Grid(bits=3, group_size=16, symmetric=symmetric), static_groups=static_groups)
+    method = Gptq(
+        grid=Grid(bits=3, group_size=16, convention=CONVENTION[symmetric]),
+        static_groups=static_groups,
+    )
     weights = list(torch.split(weight, [12, 8, 4]))
-    together = method.quantize(weights, InputStatistics(hessian_II=hessian))
+    together = method.quantize(LinearGroup.of(weights, InputStatistics(hessian_II=hessian)))
     differ = 0
     for part, quantized in zip(weights, together.weights, strict=True):
         alone, damping = gptq(part, hessian, method)
@@ -302,7 +307,7 @@ def test_higher_rung_of_the_ladder_is_reported(make_problem):
     hessian = (
         hessian - 0.04 * hessian.diagonal().mean() * torch.eye(16) - torch.linalg.eigvalsh(hessian)[0] * torch.eye(16)
     )
-    outcome = Gptq(grid=Grid(bits=4)).quantize([weight], InputStatistics(hessian_II=hessian))
+    outcome = Gptq(grid=Grid(bits=4)).quantize(LinearGroup.of([weight], InputStatistics(hessian_II=hessian)))
     assert outcome.damping == 0.05
 
 

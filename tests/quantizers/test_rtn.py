@@ -7,8 +7,10 @@ from hypothesis import strategies as st
 
 from quantizers.errors import QuantizationError
 from quantizers.grid import Grid
+from quantizers.method import LinearGroup
 from quantizers.rtn import Rtn, round_to_nearest
 from tests.reference import grids
+from tests.reference.grids import CONVENTION
 
 
 @given(
@@ -19,7 +21,7 @@ from tests.reference import grids
 )
 def test_equals_the_reference(bits, symmetric, group_size, rows):
     weight = torch.tensor(rows) / 1024
-    grid = Grid(bits=bits, symmetric=symmetric, group_size=group_size, tail_group=True)
+    grid = Grid(bits=bits, convention=CONVENTION[symmetric], group_size=group_size, tail_group=True)
     codes, scales, zeros = grids.round_to_nearest(weight.tolist(), bits, group_size, symmetric)
     quantized = round_to_nearest(weight, grid)
     assert quantized.codes_OI.dtype == torch.uint8
@@ -33,11 +35,11 @@ def test_each_linear_alone_and_no_hessian():
     generator = torch.Generator().manual_seed(0)
     weights = [torch.randn(rows, 32, generator=generator) for rows in (4, 2)]
     method = Rtn(grid=Grid(bits=3, group_size=16))
-    outcome = method.quantize(weights, None)
+    outcome = method.quantize(LinearGroup.of(weights))
     assert outcome.damping is None
     for weight, quantized in zip(weights, outcome.weights, strict=True):
         assert torch.equal(quantized.decode(), round_to_nearest(weight, method.grid).decode())
-    assert not method.needs_calibration
+    assert not method.needs.calibration
     assert not method.stores_column_groups(32)
 
 
@@ -46,7 +48,7 @@ def test_more_bits_and_smaller_groups_are_closer(symmetric):
     weight = torch.randn(16, 128, generator=torch.Generator().manual_seed(1))
 
     def error(bits, group_size):
-        quantized = round_to_nearest(weight, Grid(bits=bits, group_size=group_size, symmetric=symmetric))
+        quantized = round_to_nearest(weight, Grid(bits=bits, group_size=group_size, convention=CONVENTION[symmetric]))
         return (weight - quantized.decode()).square().sum().item()
 
     per_bits = [error(bits, 0) for bits in range(1, 9)]

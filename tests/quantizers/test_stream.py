@@ -6,36 +6,33 @@ import pytest
 import torch
 from torch import nn
 
-from quantizers import stream
-from quantizers.apply import decoded_weights
+from quantizers import block as block_module
+from quantizers.apply import installed
+from quantizers.block_source import InMemory
 from quantizers.errors import QuantizationError
 from quantizers.families import family_of
 from quantizers.gptq import Gptq, gptq
 from quantizers.grid import Grid
-from quantizers.method import MethodOutcome
+from quantizers.method import Method, MethodOutcome, Needs
 from quantizers.rtn import Rtn, round_to_nearest
 from quantizers.stream import check_model, linears_of, quantize_blocks
 
 
-@dataclass(frozen=True)
-class Watched:
+@dataclass(frozen=True, kw_only=True)
+class Watched(Method):
     """Rounds to nearest, which no Hessian can tip, and keeps the Hessians it was given."""
 
-    true_sequential: bool = True
     grid: Grid = field(default_factory=lambda: Grid(bits=2))
-    code_version: str = "watched/1"
-    needs_calibration: bool = True
-    needs_drift: bool = False
-    fold: float = 0.0
-    fold_damping: float = 1.0
+    true_sequential: bool = True
     hessians: list = field(default_factory=list)
 
-    def stores_column_groups(self, in_features):
-        return False
+    name = "watched"
+    code_version = "watched/1"
+    needs = Needs(hessian=True)
 
-    def quantize(self, weights, statistics):
-        self.hessians.append(statistics.hessian_II.clone())
-        return MethodOutcome(weights=[round_to_nearest(weight, self.grid) for weight in weights], damping=0.25)
+    def quantize(self, group):
+        self.hessians.append(group.statistics.hessian_II.clone())
+        return MethodOutcome(weights=[round_to_nearest(weight, self.grid) for weight in group.weights], damping=0.25)
 
 
 def slow(model, windows, method, quantize):
@@ -89,7 +86,7 @@ def check_untouched(model, before):
 
 @pytest.fixture(params=[1, 48, 4096], ids=["window by window", "two windows", "at once"])
 def tokens_per_batch(request, monkeypatch):
-    monkeypatch.setattr(stream, "_TOKENS_PER_BATCH", request.param)
+    monkeypatch.setattr(block_module, "_TOKENS_PER_BATCH", request.param)
 
 
 @pytest.mark.parametrize("true_sequential", [True, False])
@@ -100,7 +97,7 @@ def test_hessians_equal_those_of_whole_forwards(any_model, windows, true_sequent
     """
     before = weights_of(any_model)
     method = Watched(true_sequential=true_sequential)
-    linears = [linear for block in quantize_blocks(any_model, method, windows) for linear in block]
+    linears = [linear for block in quantize_blocks(InMemory(any_model), method, windows) for linear in block.linears]
     check_untouched(any_model, before)
     expected = []
 
@@ -121,7 +118,7 @@ def test_the_two_orders_differ_where_they_should(llama, windows):
     """The comparison above must be able to tell them apart."""
     sequential, parallel = Watched(true_sequential=True), Watched(true_sequential=False)
     for method in (sequential, parallel):
-        list(quantize_blocks(llama, method, windows))
+        list(quantize_blocks(InMemory(llama), method, windows))
     differ = [
         ((first - second).norm() / second.norm()).item() > 1e-2
         for first, second in zip(sequential.hessians, parallel.hessians, strict=True)
@@ -134,7 +131,7 @@ def test_the_two_orders_differ_where_they_should(llama, windows):
 @pytest.mark.usefixtures("tokens_per_batch")
 def test_batches_do_not_matter(llama, windows, true_sequential):
     method, expected = Watched(true_sequential=true_sequential), []
-    list(quantize_blocks(llama, method, windows))
+    list(quantize_blocks(InMemory(llama), method, windows))
 
     def quantize(weights, hessian):
         expected.append(hessian)
@@ -149,7 +146,7 @@ def test_batches_do_not_matter(llama, windows, true_sequential):
 def test_gptq_of_a_model_equals_the_slow_walk(make_model, windows, true_sequential):
     model = make_model("qwen2")
     method = Gptq(grid=Grid(bits=4, group_size=16), true_sequential=true_sequential)
-    linears = [linear for block in quantize_blocks(model, method, windows) for linear in block]
+    linears = [linear for block in quantize_blocks(InMemory(model), method, windows) for linear in block.linears]
     artifacts = slow(
         model,
         windows,
@@ -167,10 +164,10 @@ def test_gptq_of_a_model_equals_the_slow_walk(make_model, windows, true_sequenti
 def test_errors_are_those_of_the_artifacts(llama, windows, true_sequential):
     method = Watched(true_sequential=true_sequential)
     weights = {name: llama.get_submodule(name).weight.detach().double() for name in linears_of(llama)}
-    blocks = list(quantize_blocks(llama, method, windows))
+    blocks = list(quantize_blocks(InMemory(llama), method, windows))
     stages = family_of(llama).stages
     for block_index, block in enumerate(blocks):
-        for part in block:
+        for part in block.linears:
             name = part.name.removeprefix(f"model.layers.{block_index}.")
             stage = next(index for index, names in enumerate(stages) if name in names)
             hessian = method.hessians[4 * block_index + stage].double()
@@ -187,7 +184,7 @@ def test_errors_of_a_linear_of_zeros_are_zero(llama, windows):
     with torch.no_grad():
         llama.model.layers[0].mlp.up_proj.weight.zero_()
     for method in (Rtn(grid=Grid(bits=4)), Gptq(grid=Grid(bits=4))):
-        part = {part.name: part for part in next(quantize_blocks(llama, method, windows))}
+        part = {part.name: part for part in next(quantize_blocks(InMemory(llama), method, windows)).linears}
         assert part["model.layers.0.mlp.up_proj"].weight_error == 0
         # and down_proj sees zeros only
         assert part["model.layers.0.mlp.down_proj"].output_error in (None, 0.0)
@@ -198,7 +195,7 @@ def test_weights_are_put_back(any_model, windows, method):
     before = weights_of(any_model)
     with torch.no_grad():
         logits = any_model(windows).logits
-    parts = [part for block in quantize_blocks(any_model, method, windows) for part in block]
+    parts = [part for block in quantize_blocks(InMemory(any_model), method, windows) for part in block.linears]
     check_untouched(any_model, before)
     assert len(parts) == 14
     with torch.no_grad():
@@ -208,7 +205,7 @@ def test_weights_are_put_back(any_model, windows, method):
 @pytest.mark.parametrize("true_sequential", [True, False])
 def test_weights_are_put_back_when_the_walk_is_left_early(llama, windows, true_sequential):
     before = weights_of(llama)
-    walk = quantize_blocks(llama, Gptq(grid=Grid(bits=2), true_sequential=true_sequential), windows)
+    walk = quantize_blocks(InMemory(llama), Gptq(grid=Grid(bits=2), true_sequential=true_sequential), windows)
     next(walk)
     walk.close()
     check_untouched(llama, before)
@@ -221,14 +218,14 @@ def test_weights_are_put_back_after_an_exception(llama, windows, stage, true_seq
     modules = [id(module) for module in llama.modules()]
 
     class Failing(Watched):
-        def quantize(self, weights, statistics):
+        def quantize(self, group):
             if len(self.hessians) == stage:
                 raise QuantizationError("this one fails")
-            return super().quantize(weights, statistics)
+            return super().quantize(group)
 
     names = " and ".join(family_of(llama).stages[stage % 4])
     with pytest.raises(QuantizationError, match=f"layers.{stage // 4}.{names}: this one fails"):
-        list(quantize_blocks(llama, Failing(true_sequential=true_sequential), windows))
+        list(quantize_blocks(InMemory(llama), Failing(true_sequential=true_sequential), windows))
     check_untouched(llama, before)
     assert [id(module) for module in llama.modules()] == modules
 
@@ -237,7 +234,7 @@ def test_narrow_models_are_quantized_in_float32(make_model, windows):
     model = make_model("llama").to(torch.bfloat16)
     before = weights_of(model)
     method = Watched()
-    parts = [part for block in quantize_blocks(model, method, windows) for part in block]
+    parts = [part for block in quantize_blocks(InMemory(model), method, windows) for part in block.linears]
     check_untouched(model, before)
     assert all(hessian.dtype == torch.float32 for hessian in method.hessians)
     for part in parts:
@@ -253,7 +250,7 @@ def test_rtn_needs_no_data_and_runs_no_module(llama):
     for module in llama.modules():
         module.register_forward_pre_hook(fail)
     method = Rtn(grid=Grid(bits=3, group_size=16))
-    parts = [part for block in quantize_blocks(llama, method, None) for part in block]
+    parts = [part for block in quantize_blocks(InMemory(llama), method, None) for part in block.linears]
     assert [part.name for part in parts] == list(linears_of(llama))
     for part in parts:
         expected = round_to_nearest(llama.get_submodule(part.name).weight.detach(), method.grid)
@@ -265,7 +262,7 @@ def test_rtn_needs_no_data_and_runs_no_module(llama):
 
 def test_gptq_without_data_is_refused(llama):
     with pytest.raises(QuantizationError, match="needs calibration data and none was given"):
-        next(quantize_blocks(llama, Gptq(grid=Grid(bits=4)), None))
+        next(quantize_blocks(InMemory(llama), Gptq(grid=Grid(bits=4)), None))
 
 
 METHODS = [
@@ -283,7 +280,7 @@ def test_weight_that_is_not_finite_is_refused_by_name(llama, windows, method, na
         llama.get_submodule(f"model.layers.1.{name}").weight[3, 5] = value
     before = llama.model.layers[0].mlp.up_proj.weight
     with pytest.raises(QuantizationError, match=rf"^model\.layers\.1\.{name}\.weight holds NaN or infinity$"):
-        list(quantize_blocks(llama, method, windows))
+        list(quantize_blocks(InMemory(llama), method, windows))
     assert llama.model.layers[0].mlp.up_proj.weight is before
 
 
@@ -300,7 +297,7 @@ def test_activations_that_are_not_finite_are_refused_by_name(llama, windows, tru
     with torch.no_grad():
         llama.model.get_submodule(broken).weight[..., 2] = float("nan")
     with pytest.raises(QuantizationError, match=f"the calibration inputs of model.{named} hold NaN or infinity"):
-        list(quantize_blocks(llama, Gptq(grid=Grid(bits=4), true_sequential=true_sequential), windows))
+        list(quantize_blocks(InMemory(llama), Gptq(grid=Grid(bits=4), true_sequential=true_sequential), windows))
 
 
 def test_nothing_is_computed_for_a_group_size_that_does_not_fit(llama, windows):
@@ -314,7 +311,7 @@ def test_nothing_is_computed_for_a_group_size_that_does_not_fit(llama, windows):
     )
     for method in (Rtn(grid=Grid(bits=4, group_size=32)), Gptq(grid=Grid(bits=4, group_size=32))):
         with pytest.raises(QuantizationError, match=message):
-            next(quantize_blocks(llama, method, windows))
+            next(quantize_blocks(InMemory(llama), method, windows))
         with pytest.raises(QuantizationError, match=message):
             check_model(llama, method)
     check_model(llama, Rtn(grid=Grid(bits=4, group_size=32, tail_group=True)))
@@ -323,7 +320,7 @@ def test_nothing_is_computed_for_a_group_size_that_does_not_fit(llama, windows):
 
 def test_tail_groups_work_through_the_engine(llama, windows):
     method = Gptq(grid=Grid(bits=4, group_size=32, tail_group=True))
-    for part in next(quantize_blocks(llama, method, windows)):
+    for part in next(quantize_blocks(InMemory(llama), method, windows)).linears:
         assert part.weight.scale_OG.shape[1] == -(-linears_of(llama)[part.name][1] // 32)
         assert part.output_error < 0.05
 
@@ -347,17 +344,17 @@ def test_a_meta_model_is_enough_to_check(make_model):
 
 def test_progress_is_told(llama, windows):
     told = []
-    for _ in quantize_blocks(llama, Watched(), windows, progress=lambda *step: told.append(step)):
+    for _ in quantize_blocks(InMemory(llama), Watched(), windows, progress=lambda *step: told.append(step)):
         told.append("block")
     assert told == [(0, 2), "block", (1, 2), "block", (2, 2)]
 
 
 def divergence(model, windows, method):
     """KL of the quantized model's predictions from the model's own, per token."""
-    parts = [(part.name, part.weight) for block in quantize_blocks(model, method, windows) for part in block]
+    blocks = list(quantize_blocks(InMemory(model), method, windows))
     with torch.no_grad():
         exact = model(windows).logits.double().log_softmax(-1)
-        with decoded_weights(model, parts):
+        with installed(model, blocks):
             changed = model(windows).logits.double().log_softmax(-1)
     return (exact.exp() * (exact - changed)).sum(-1).mean().item()
 
@@ -378,7 +375,8 @@ def test_gptq_predicts_better_than_rtn(llama, windows, true_sequential):
 def test_results_are_the_same_every_time(llama, windows):
     method = Gptq(grid=Grid(bits=3, group_size=16))
     first, second = (
-        [part.weight.pack() for block in quantize_blocks(llama, method, windows) for part in block] for _ in range(2)
+        [part.weight.pack() for block in quantize_blocks(InMemory(llama), method, windows) for part in block.linears]
+        for _ in range(2)
     )
     for one, other in zip(first, second, strict=True):
         assert all(torch.equal(one[key], other[key]) for key in one)

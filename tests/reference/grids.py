@@ -6,6 +6,9 @@ import math
 
 import torch
 
+# The convention that these loops follow, by whether it is symmetric.
+CONVENTION = {True: "gptq-sym", False: "gptq-asym"}
+
 
 def stored(value: float, scale_dtype: str) -> float:
     """The nearest number of the storage dtype."""

@@ -16,7 +16,8 @@ from orchestrator.models.checkpoint import check_checkpoint, checkpoint_digest
 from orchestrator.models.loading import load_model, load_tokenizer
 from orchestrator.models.source import node_cache
 from orchestrator.scheme import parse_scheme
-from quantizers.apply import decoded_weights
+from quantizers.apply import installed
+from quantizers.block_source import InMemory
 from quantizers.stream import quantize_blocks
 
 CELL = "tiny.rtn-w3-g32.0a1b2c3d"
@@ -35,7 +36,7 @@ def layout(tmp_path_factory, tiny_checkpoint):
     layout = Layout(tmp_path_factory.mktemp("export") / "out")
     scheme = parse_scheme({"method": "rtn", "weight_bits": 3, "group_size": 32}, "x")
     writer = ArtifactWriter(layout.artifact("0" * 64))
-    for block in quantize_blocks(load_model(tiny_checkpoint), scheme.build(), None):
+    for block in quantize_blocks(InMemory(load_model(tiny_checkpoint)), scheme.build(), None):
         writer.add_block(block)
     writer.finish(
         cell=CELL,
@@ -66,7 +67,7 @@ def test_the_exported_weights_are_the_evaluated_ones(layout, exported, tiny_chec
     model = load_model(tiny_checkpoint)
     float_weight = model.model.layers[0].mlp.up_proj.weight
     reloaded = AutoModelForCausalLM.from_pretrained(exported, dtype="auto")
-    with decoded_weights(model, find_artifact(layout.artifact("0" * 64)).weights()), torch.inference_mode():
+    with installed(model, find_artifact(layout.artifact("0" * 64)).blocks()), torch.inference_mode():
         state = reloaded.state_dict()
         assert state.keys() == model.state_dict().keys()
         for name, tensor in model.state_dict().items():
@@ -138,7 +139,7 @@ def test_a_model_that_is_not_the_quantized_one_any_more(layout, tmp_path):
     place.mkdir(parents=True)
     manifest = artifact.manifest | {"model": artifact.manifest["model"] | {"digest": "another"}}
     (place / "artifact.json").write_text(json.dumps(manifest))
-    with pytest.raises(BitatlasError, match=r"now holds other weights than those that were quantized"):
+    with pytest.raises(BitatlasError, match=r"is not the one that was planned: this node holds other weights"):
         export_dense(other, CELL, tmp_path / "to")
     assert not (tmp_path / "to").exists()
 

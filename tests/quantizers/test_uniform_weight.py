@@ -6,15 +6,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quantizers.gptq import Gptq, gptq
-from quantizers.grid import Grid
-from quantizers.quantized_weight import QuantizedWeight, stored_bytes
+from quantizers.grid import CONVENTIONS, Grid
 from quantizers.rtn import round_to_nearest
+from quantizers.uniform_weight import UniformWeight, stored_bytes
+from tests.reference.grids import CONVENTION
 
 GRIDS = st.builds(
     Grid,
     bits=st.integers(1, 8),
     group_size=st.sampled_from([0, 1, 5, 8]),
-    symmetric=st.booleans(),
+    convention=st.sampled_from(CONVENTIONS),
     scale_dtype=st.sampled_from(["float16", "bfloat16", "float32"]),
     tail_group=st.just(True),
 )
@@ -23,7 +24,7 @@ GRIDS = st.builds(
 def check_round_trip(weight, grid):
     tensors = weight.pack()
     assert all(tensor.device.type == "cpu" and tensor.is_contiguous() for tensor in tensors.values())
-    restored = QuantizedWeight.unpack(tensors, grid, weight.codes_OI.shape[1])
+    restored = UniformWeight.unpack(tensors, weight.spec(), weight.shape)
     assert torch.equal(restored.decode(), weight.decode())
     assert torch.equal(restored.codes_OI, weight.codes_OI)
     assert torch.equal(restored.scale_OG, weight.scale_OG)
@@ -47,7 +48,10 @@ def test_round_trip(grid, rows, columns, seed):
 @pytest.mark.parametrize("bits", [1, 3, 8])
 def test_round_trip_of_permuted_groups(make_problem, bits, symmetric):
     weight, hessian = make_problem(0, 6, 40)
-    options = Gptq(grid=Grid(bits=bits, group_size=16, symmetric=symmetric, tail_group=True), static_groups=False)
+    options = Gptq(
+        grid=Grid(bits=bits, group_size=16, convention=CONVENTION[symmetric], tail_group=True),
+        static_groups=False,
+    )
     quantized, _ = gptq(weight, hessian, options)
     assert quantized.column_group_I is not None
     tensors = check_round_trip(quantized, options.grid)
@@ -58,7 +62,7 @@ def test_round_trip_of_permuted_groups(make_problem, bits, symmetric):
 
 def test_decode_uses_the_group_of_each_column():
     grid = Grid(bits=2, group_size=2)
-    weight = QuantizedWeight(
+    weight = UniformWeight(
         grid=grid,
         codes_OI=torch.tensor([[0, 1, 2, 3]], dtype=torch.uint8),
         scale_OG=torch.tensor([[1.0, 10.0]]),
@@ -71,6 +75,6 @@ def test_decode_uses_the_group_of_each_column():
 def test_bytes_by_hand():
     # 3 rows of 20 codes of 3 bits: 8 bytes; 3 groups: 3 x 2 bytes of scales and 9 bits, so 2 bytes, of zeros.
     assert stored_bytes(Grid(bits=3, group_size=8, tail_group=True), 3, 20) == 3 * (8 + 6 + 2)
-    assert stored_bytes(Grid(bits=3, group_size=8, tail_group=True, symmetric=True), 3, 20) == 3 * (8 + 6)
+    assert stored_bytes(Grid(bits=3, group_size=8, tail_group=True, convention="gptq-sym"), 3, 20) == 3 * (8 + 6)
     assert stored_bytes(Grid(bits=1, group_size=10, scale_dtype="float32"), 3, 20) == 3 * (3 + 8 + 8)
     assert stored_bytes(Grid(bits=8), 3, 20) == 3 * (20 + 2 + 1)

@@ -1,0 +1,93 @@
+"""Our side of a comparison, each command a process of its own: quantize, or evaluate a dense checkpoint."""
+
+import argparse
+import json
+import resource
+import time
+from pathlib import Path
+
+import numpy as np
+
+
+def ours(scheme, model, windows):
+    """Quantize a model in memory.
+
+    Args:
+        scheme: a grid entry of a sweep file.
+    Returns:
+        the quantized blocks, all of them made.
+    """
+    from orchestrator.scheme import parse_scheme
+    from quantizers.block_source import InMemory
+    from quantizers.stream import quantize_blocks
+
+    method = parse_scheme(scheme, "benchmark").build()
+    return list(quantize_blocks(InMemory(model), method, windows))
+
+
+def ours_installed(model, blocks):
+    """The model with the quantized blocks in it, activations included, as a context."""
+    from quantizers.apply import installed
+
+    return installed(model, blocks)
+
+
+def quantize(args):
+    """Quantize, evaluate (where asked to, in this process), write the dense checkpoint and last `result.json`."""
+    import torch
+
+    from orchestrator.models.loading import load_model
+
+    torch.set_num_threads(1)
+    model = load_model(args.model)
+    windows = torch.tensor(np.load(args.tokens))
+    wall, cpu = time.perf_counter(), time.process_time()
+    blocks = ours(json.loads(args.scheme), model, windows)
+    result = {
+        "quantization_seconds": time.perf_counter() - wall,
+        "quantization_cpu_seconds": time.process_time() - cpu,
+        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+    with ours_installed(model, blocks):
+        if args.held_out:
+            result["perplexity"] = _perplexity(model, args.held_out)
+        model.save_pretrained(args.out)
+    (args.out / "result.json").write_text(json.dumps(result))
+
+
+def perplexity(args):
+    """Evaluate a dense checkpoint."""
+    import torch
+
+    from orchestrator.models.loading import load_model
+
+    torch.set_num_threads(1)
+    print(_perplexity(load_model(args.model), args.held_out))
+
+
+def _perplexity(model, held_out):
+    from evaluators.perplexity import perplexity as measure
+
+    return measure(model, np.load(held_out)).perplexity
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.ours", description=__doc__)
+    commands = parser.add_subparsers(required=True)
+    run = commands.add_parser("quantize")
+    run.add_argument("--scheme", required=True, help="a grid entry of a sweep file, as JSON")
+    run.add_argument("--model", type=Path, required=True)
+    run.add_argument("--tokens", type=Path, required=True, help="int64 .npy of shape [windows, tokens]")
+    run.add_argument("--held-out", type=Path, help="int64 .npy as well: measure perplexity on it, as quantized")
+    run.add_argument("--out", type=Path, required=True)
+    run.set_defaults(run=quantize)
+    evaluate = commands.add_parser("perplexity")
+    evaluate.add_argument("--model", type=Path, required=True)
+    evaluate.add_argument("--held-out", type=Path, required=True)
+    evaluate.set_defaults(run=perplexity)
+    args = parser.parse_args()
+    args.run(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""Run llm-compressor's SmoothQuant on given token windows, in the peer's own environment on the CPU.
+
+    .venv-bench/bin/python tests/benchmarks/peers/llmcompressor_smoothquant.py \
+        --model DIR --tokens tokens.npy --held-out held_out.npy --out DIR
+
+Then W8A8, its preset: weights rounded to nearest, symmetric, per output channel; activations symmetric, per token,
+dynamic. `--out` receives a dense checkpoint with the smoothed and quantized weights, and last `result.json`. The
+checkpoint does not quantize activations; the `perplexity` in `result.json` is of the model that does. Whatever has no
+flag here is llm-compressor's default.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from llmcompressor_common import parser, run
+
+if TYPE_CHECKING:
+    from llmcompressor.modifiers import Modifier
+
+
+def main() -> None:
+    flags = parser("llm-compressor's SmoothQuant, then W8A8, on given token windows")
+    flags.add_argument("--alpha", type=float, default=0.5, help="smoothing strength")
+    args = flags.parse_args()
+    run(args, lambda: make_recipe(args.alpha), settings)
+
+
+def make_recipe(alpha: float) -> list[Modifier]:
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+    from llmcompressor.modifiers.transform import SmoothQuantModifier
+
+    return [
+        SmoothQuantModifier(smoothing_strength=alpha),
+        QuantizationModifier(targets=["Linear"], scheme="W8A8", ignore=["lm_head"]),
+    ]
+
+
+def settings(recipe: list[Modifier]) -> dict[str, object]:
+    smooth = recipe[0]
+    return {
+        "smoothing_strength": smooth.smoothing_strength,
+        "mappings": [[layer, list(balanced)] for balanced, layer in smooth.mappings],
+    }
+
+
+if __name__ == "__main__":
+    main()
