@@ -129,7 +129,6 @@ def plan_command(file: Path, *, out: Path | None) -> int:
     """Print what a sweep would do."""
     from orchestrator.rows import size_columns
     from orchestrator.sweep import claim_output, finished_jobs
-    from quantizers.uniform_weight import stored_bytes
 
     console = Console()
     sweep = read_sweep(file)
@@ -146,9 +145,8 @@ def plan_command(file: Path, *, out: Path | None) -> int:
         jobs = [job for job in plan.jobs if job.cell.id == cell.id]
         stored = None
         if cell.scheme:
-            grid, shuffled = cell.scheme.grid(), cell.scheme.build().stores_column_groups
-            shapes = model.shape.linears.values()
-            stored = sum(stored_bytes(grid, rows, columns, permuted=shuffled(columns)) for rows, columns in shapes)
+            method = cell.scheme.build()
+            stored = sum(method.stored_bytes(rows, columns) for rows, columns in model.shape.linears.values())
         size = size_columns(cell, model, stored)
         table.add_row(
             cell.id,

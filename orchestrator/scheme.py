@@ -155,13 +155,15 @@ def parse_scheme(fields: dict[str, Any], where: str) -> Scheme:
     name = fields.get("method")
     if name is None:
         raise BitatlasError(f"{where}.method is missing; known methods: {', '.join(method_names())}")
-    try:
-        method = method_class(name if isinstance(name, str) else repr(name))
-    except QuantizationError:
+    if not isinstance(name, str) or name not in method_names():
         known = ", ".join(method_names())
         raise BitatlasError(
             f"{where}.method = {name!r} is unknown{_near(name, method_names())}; known methods: {known}"
-        ) from None
+        )
+    try:
+        method = method_class(name)
+    except QuantizationError as error:
+        raise BitatlasError(f"{where}: {error}") from error
     if "weight_bits" not in fields:
         raise BitatlasError(f"{where}.weight_bits is missing; give 1 to 8")
     bits = _whole(fields["weight_bits"], 1, 8, f"{where}.weight_bits")

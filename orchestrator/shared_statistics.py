@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from orchestrator.errors import BitatlasError, reason
+
 if TYPE_CHECKING:
     import numpy as np
     import torch
@@ -46,6 +48,8 @@ def shared_statistics(directory: Path, make: Make, device: torch.device) -> Call
         directory: named by `statistics_key`.
         make: computes them, block by block.
         device: where they are wanted.
+    Raises:
+        BitatlasError: on reading, where a file was damaged.
     """
     directory.parent.mkdir(parents=True, exist_ok=True)
     with _locked(directory.with_suffix(".lock")):
@@ -91,11 +95,17 @@ def _pack(stages: Sequence[InputStatistics]) -> bytes:
 
 
 def _unpack(file: Path, device: torch.device) -> list[InputStatistics]:
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     from quantizers.statistics import InputRanges, InputStatistics
 
-    tensors = {name: tensor.to(device) for name, tensor in load_file(file).items()}
+    try:
+        tensors = {name: tensor.to(device) for name, tensor in load_file(file).items()}
+    except (SafetensorError, OSError) as error:
+        raise BitatlasError(
+            f"statistics {file} cannot be read ({reason(error)}); delete {file.parent} and run the same command again"
+        ) from error
     stages = 1 + max(int(name.partition(".")[0]) for name in tensors)
     return [
         InputStatistics(

@@ -16,10 +16,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from quantizers.binarized_weight import BinarizedBlock, BinarizedWeight, level, stored_level
+from quantizers.binarized_weight import BinarizedBlock, BinarizedWeight, level, stored_bytes, stored_level
 from quantizers.errors import QuantizationError
 from quantizers.grid import PER_CHANNEL
-from quantizers.linalg import inverse_cholesky
+from quantizers.linalg import inverse_cholesky, without_unseen
 from quantizers.method import LinearGroup, Method, MethodOutcome, Needs
 
 METRICS = ("hessian", "magnitude")
@@ -94,6 +94,10 @@ class Billm(Method):
         _one_of("salient_metric", self.salient_metric, METRICS)
         _one_of("search_on", self.search_on, SEARCHED)
 
+    def weight_bytes(self, out_features: int, in_features: int) -> int:
+        """Bytes with no salient column; a salient one takes its second sign where the others take their split."""
+        return stored_bytes(out_features, in_features, 0, self.block_size, self.grid.scale_dtype)
+
     def quantize(self, group: LinearGroup) -> MethodOutcome:
         """Quantize linears that share an input; rows interact in BiLLM, so each by itself.
 
@@ -102,10 +106,7 @@ class Billm(Method):
         """
         if group.statistics is None:
             raise AssertionError("BiLLM needs the statistics of its inputs")
-        hessian_II = group.statistics.require_hessian()
-        unseen = hessian_II.diagonal() == 0  # inputs that were always zero: any weight will do, so take 0
-        if unseen.any():
-            hessian_II = hessian_II + torch.diag(unseen.to(hessian_II.dtype))
+        hessian_II, unseen = without_unseen(group.statistics.require_hessian())
         inverse_UII, damping = inverse_cholesky(hessian_II, self.damping)
         weights = [billm(weight.masked_fill(unseen, 0.0), inverse_UII, self) for weight in group.weights]
         return MethodOutcome(weights=weights, damping=damping)

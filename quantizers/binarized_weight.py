@@ -112,11 +112,7 @@ class BinarizedWeight:
     @property
     def stored_bytes(self) -> int:
         """Bytes of everything `pack` returns."""
-        out_features, in_features = self.shape
-        widths = (in_features, self.num_salient, in_features - self.num_salient)
-        bits = sum(packing.packed_columns(width, 1) for width in widths)
-        levels = 2 * _PAIRS * len(self.blocks) * SCALE_DTYPES[self.scale_dtype].itemsize
-        return out_features * (bits + levels) + packing.packed_columns(in_features, 1)
+        return stored_bytes(*self.shape, self.num_salient, self.block_size, self.scale_dtype)
 
     @property
     def published_bits_per_weight(self) -> float:
@@ -179,6 +175,14 @@ class BinarizedWeight:
             for salient_B, sign_OB, second_sign_OS, sparse_ON, mean_PO, scale_PO in parts
         ]
         return cls(blocks=blocks, block_size=block_size, scale_dtype=spec["scale_dtype"])
+
+
+def stored_bytes(out_features: int, in_features: int, num_salient: int, block_size: int, scale_dtype: str) -> int:
+    """Bytes that a linear of this shape takes: signs, both bitmaps, means and scales, row padding included."""
+    bits = sum(packing.packed_columns(width, 1) for width in (in_features, num_salient, in_features - num_salient))
+    num_blocks = -(-in_features // block_size)
+    levels = 2 * _PAIRS * num_blocks * SCALE_DTYPES[scale_dtype].itemsize
+    return out_features * (bits + levels) + packing.packed_columns(in_features, 1)
 
 
 def _pack_bits(bits_RC: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from quantizers.errors import QuantizationError
 from quantizers.grid import Grid, decode, encode, fit_grid, fit_group
-from quantizers.linalg import inverse_cholesky
+from quantizers.linalg import inverse_cholesky, without_unseen
 from quantizers.method import LinearGroup, Method, MethodOutcome, Needs
 from quantizers.uniform_weight import UniformWeight
 
@@ -120,10 +120,8 @@ def gptq(
     grid = options.grid
     out_features, in_features = weight_OI.shape
     diagonal = hessian_II.diagonal()
-    unseen = diagonal == 0  # inputs that were always zero: any weight will do, so take 0
+    hessian_II, unseen = without_unseen(hessian_II)
     weight_OI = weight_OI.masked_fill(unseen, 0.0)
-    if unseen.any():
-        hessian_II = hessian_II + torch.diag(unseen.to(hessian_II.dtype))
 
     if options.act_order:
         order = torch.argsort(diagonal, descending=True, stable=True)

@@ -11,6 +11,18 @@ from quantizers.errors import QuantizationError
 DAMPING_LADDER = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 
+def without_unseen(hessian_II: Tensor) -> tuple[Tensor, Tensor]:
+    """Give inputs that were always zero a curvature of their own; any weight will do for them, so methods take 0.
+
+    Returns:
+        the Hessian with 1 on the diagonal of each such input, and bool [I], which they are.
+    """
+    unseen_I = hessian_II.diagonal() == 0
+    if unseen_I.any():
+        hessian_II = hessian_II + torch.diag(unseen_I.to(hessian_II.dtype))
+    return hessian_II, unseen_I
+
+
 def inverse_cholesky(hessian_II: Tensor, damping: float) -> tuple[Tensor, float]:
     """The upper triangular U with (H + d mean(diag H) I)^-1 = U^T U.
 

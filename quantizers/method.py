@@ -15,6 +15,7 @@ from quantizers.families import Family
 from quantizers.grid import Grid
 from quantizers.quantized_weight import QuantizedWeight
 from quantizers.statistics import InputRanges, InputStatistics
+from quantizers.uniform_weight import stored_bytes
 
 PATHS = ("quantized", "float")
 
@@ -41,11 +42,6 @@ class Needs:
     def calibration(self) -> bool:
         """Whether calibration data must be there at all."""
         return self.hessian or self.drift or self.sample or self.ranges or self.block
-
-    @property
-    def walk(self) -> bool:
-        """Whether calibration activations must stream through the model for this very cell."""
-        return self.hessian or self.drift or self.sample or self.block
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,6 +184,16 @@ class Method(ABC):
         """Whether its artifacts of such linears carry a group index per column."""
         del in_features
         return False
+
+    def stored_bytes(self, out_features: int, in_features: int) -> int:
+        """Bytes that a linear of this shape will take, with its static activation scale and zero (float32)."""
+        static = self.activations is not None and self.activations.static
+        return self.weight_bytes(out_features, in_features) + (8 if static else 0)
+
+    def weight_bytes(self, out_features: int, in_features: int) -> int:
+        """Bytes that a weight of this shape will take; what depends on its values is estimated."""
+        permuted = self.stores_column_groups(in_features)
+        return stored_bytes(self.grid, out_features, in_features, permuted=permuted)
 
     def transform(self, block: FloatBlock) -> BlockTransform:
         """Rewrite a float block, once, before its linears are quantized (SmoothQuant's and AWQ's scales). For methods

@@ -50,7 +50,14 @@ def method_class(name: str) -> type[Method]:
         return METHODS[name]
     for point in entry_points(group=ENTRY_POINTS):
         if point.name == name:
-            return _checked(name, point.load(), point.value)
+            try:
+                found = point.load()
+            except Exception as error:  # whatever another package's module raises
+                raise QuantizationError(
+                    f"method {name!r}: {point.value} cannot be imported ({type(error).__name__}: {error}); mend or "
+                    "remove the package that offers it"
+                ) from error
+            return _checked(name, found, point.value)
     near = difflib.get_close_matches(name, method_names(), 1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise QuantizationError(f"method {name!r} is unknown{hint}; known methods: {', '.join(method_names())}")

@@ -19,7 +19,7 @@ from torch import Tensor
 from quantizers.errors import QuantizationError
 from quantizers.gptq import quantize_columns
 from quantizers.grid import PER_CHANNEL, SCALE_DTYPES, Grid, decode, encode, fit_group, stored_scale
-from quantizers.linalg import inverse_cholesky
+from quantizers.linalg import inverse_cholesky, without_unseen
 from quantizers.method import LinearGroup, Method, MethodOutcome, Needs
 from quantizers.mixed_weight import MixedWeight
 
@@ -126,6 +126,10 @@ class SlimLlm(Method):
             if not met:
                 raise QuantizationError(f"options.{option} = {getattr(self, option)} must be {rule}")
 
+    def weight_bytes(self, out_features: int, in_features: int) -> int:
+        """Bytes with equal bits, to which any allocation comes close: pairs of groups keep the average."""
+        return super().weight_bytes(out_features, in_features) + self.grid.num_groups(in_features)
+
     def quantize(self, group: LinearGroup) -> MethodOutcome:
         """Quantize linears that share an input: one factorization, and bits for each linear by itself.
 
@@ -134,11 +138,9 @@ class SlimLlm(Method):
         """
         if group.statistics is None:
             raise AssertionError("SliM-LLM needs the statistics of its inputs")
-        hessian_II = group.statistics.require_hessian()
-        unseen = hessian_II.diagonal() == 0  # inputs that were always zero: any weight will do, so take 0
-        added_I = unseen.to(hessian_II.dtype) + self.absolute_damping
-        if added_I.any():
-            hessian_II = hessian_II + torch.diag(added_I)
+        hessian_II, unseen = without_unseen(group.statistics.require_hessian())
+        if self.absolute_damping:
+            hessian_II = hessian_II + self.absolute_damping * torch.eye(len(unseen), device=hessian_II.device)
         inverse_UII, damping = inverse_cholesky(hessian_II, self.damping)
         weights = [
             slim_llm(weight.masked_fill(unseen, 0.0), bias, inverse_UII, group.statistics.sample_TI, self)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from orchestrator.errors import BitatlasError
 from orchestrator.shared_statistics import shared_statistics, statistics_key
 from quantizers.statistics import InputRanges, InputStatistics
 
@@ -75,3 +76,15 @@ def test_the_key_is_of_all_that_matters():
     }
     assert len(keys) == 6
     assert statistics_key(MODEL, WINDOWS.copy(), hessians=False) in keys
+
+
+@pytest.mark.parametrize("harm", ["empty", "truncated", "gone"])
+def test_a_damaged_file_is_named_with_the_remedy(tmp_path, harm):
+    read = shared_statistics(tmp_path / "key", lambda: iter([[stage(0, hessian=True)]]), CPU)
+    file = tmp_path / "key" / "block-0000.safetensors"
+    if harm == "gone":
+        file.unlink()
+    else:
+        file.write_bytes(b"" if harm == "empty" else file.read_bytes()[:-20])
+    with pytest.raises(BitatlasError, match=r"block-0000\.safetensors cannot be read .*; delete .*key and run"):
+        read(0)

@@ -99,3 +99,19 @@ def correlated(seed, rows, columns, tokens=None, dead=()):
 def make_problem():
     """(seed, rows, columns, tokens, dead) -> weight and Hessian of a linear with correlated inputs."""
     return correlated
+
+
+def logits(model, windows):
+    with torch.no_grad():
+        return model(windows).logits
+
+
+def distance(model, windows, method):
+    """Mean squared change of a model's logits when it is quantized."""
+    from quantizers.apply import installed
+    from quantizers.block_source import InMemory
+    from quantizers.stream import quantize_blocks
+
+    expected = logits(model, windows)
+    with installed(model, list(quantize_blocks(InMemory(model), method, windows))):
+        return (logits(model, windows) - expected).square().mean().item()

@@ -13,20 +13,10 @@ from quantizers.grid import Grid
 from quantizers.rtn import Rtn, round_to_nearest
 from quantizers.stream import quantize_blocks
 from tests.outliers import make_outliers
+from tests.quantizers.conftest import distance, logits
 from tests.reference import rescaling as reference
 
 GRID = Grid(bits=3, group_size=16, scale_dtype="float32")
-
-
-def logits(model, windows):
-    with torch.no_grad():
-        return model(windows).logits
-
-
-def distance(model, windows, method):
-    expected = logits(model, windows)
-    with installed(model, list(quantize_blocks(InMemory(model), method, windows))):
-        return (logits(model, windows) - expected).square().mean().item()
 
 
 def test_candidates_equal_the_reference():

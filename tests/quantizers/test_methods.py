@@ -76,6 +76,10 @@ def test_every_method_keeps_the_contract(make_problem, name, bits, symmetric, gr
         decoded = quantized.decode()
         assert decoded.dtype == torch.float32
         assert quantized.shape == decoded.shape == part.shape
+        # exact for uniform grids; allocated bits and salient columns move it by row padding and zeros alone
+        planned = method.stored_bytes(*part.shape)
+        slack = 0 if quantized.encoding == "uniform" else 3 * part.shape[0]
+        assert abs(quantized.stored_bytes - planned) <= slack
         packed = quantized.pack()
         assert quantized.stored_bytes == sum(tensor.numel() * tensor.element_size() for tensor in packed.values())
         spec = json.loads(json.dumps(quantized.spec()))
@@ -106,7 +110,7 @@ def installed_package(monkeypatch):
 
     points = [
         EntryPoint(name=name, value=f"{__name__}:{value}", group=methods.ENTRY_POINTS)
-        for name, value in {"halves": "Halves", "other": "Halves", "nothing": "GRIDS"}.items()
+        for name, value in {"halves": "Halves", "other": "Halves", "nothing": "GRIDS", "gone": "NotThere"}.items()
     ]
     monkeypatch.setattr(methods, "entry_points", lambda group: points if group == methods.ENTRY_POINTS else [])
     method_names.cache_clear()
@@ -127,7 +131,21 @@ def test_a_method_from_outside_is_found_and_runs(llama):
 
 
 @pytest.mark.usefixtures("installed_package")
-@pytest.mark.parametrize(("name", "message"), [("other", "calls itself 'halves'"), ("nothing", "not a subclass")])
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("other", "calls itself 'halves'"), ("nothing", "not a subclass"), ("gone", "cannot be imported")],
+)
 def test_a_bad_entry_point_is_refused(name, message):
     with pytest.raises(QuantizationError, match=message):
         method_class(name)
+
+
+@pytest.mark.usefixtures("installed_package")
+def test_a_sweep_file_says_why_an_installed_method_is_refused():
+    """Not that it is unknown."""
+    from orchestrator.errors import BitatlasError
+    from orchestrator.scheme import parse_scheme
+
+    with pytest.raises(BitatlasError, match=r"grid\[0\]: method 'gone': .*NotThere cannot be imported"):
+        parse_scheme({"method": "gone", "weight_bits": 4}, "grid[0]")
+    assert parse_scheme({"method": "halves", "weight_bits": 4}, "x").label == "halves-w4-pc"

@@ -12,20 +12,10 @@ from quantizers.rtn import Rtn, round_to_nearest
 from quantizers.smoothquant import SmoothQuant, smoothing_scale
 from quantizers.stream import quantize_blocks
 from tests.outliers import make_outliers
+from tests.quantizers.conftest import distance, logits
 from tests.reference import rescaling as reference
 
 GRID = Grid(bits=8, convention="sq-sym", scale_dtype="float32")
-
-
-def logits(model, windows):
-    with torch.no_grad():
-        return model(windows).logits
-
-
-def distance(model, windows, method):
-    expected = logits(model, windows)
-    with installed(model, list(quantize_blocks(InMemory(model), method, windows))):
-        return (logits(model, windows) - expected).square().mean().item()
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 0.5, 0.85, 1.0])
