@@ -23,7 +23,7 @@ from quantizers.linalg import inverse_cholesky, without_unseen
 from quantizers.method import LinearGroup, Method, MethodOutcome, Needs
 
 METRICS = ("hessian", "magnitude")
-SEARCHED = ("weight", "salience")
+SEARCHED = ("loss", "weight", "salience")
 _SPLIT_PERCENTS = range(10, 91)  # 81 quantiles, 0.10 to 0.90
 
 
@@ -37,8 +37,10 @@ class Billm(Method):
         true_sequential: within a decoder block, later linears see the quantized earlier ones; the released code
             quantizes all at once.
         salient_metric: what ranks columns: `hessian`, the sum of w^2 / U_jj^2 over rows, or `magnitude`, of |w|.
-        search_on: what both searches try to approximate: `weight`, or `salience`, the matrix of the metric
-            (w^2 / U_jj^2, or w), as released, whose split is then applied to the weights.
+        search_on: whose squared error both searches make small: `loss`, that of the weights with each column's priced
+            at 1 / U_jj^2, which is what it costs in outputs (the loss of GPTQ and of algorithm 1's error feedback);
+            `weight`, that of the weights as they are; `salience`, as released, that of the matrix of the metric
+            (w^2 / U_jj^2, or w), whose split is then applied to the weights.
         search_other_order: the order by which the search for the number of salient columns binarizes the others. 2, as
             released, comes close to what their split then attains; 1 leaves the split out of account, so that two signs
             always seem to pay and the search mostly ends at `max_salient`.
@@ -51,16 +53,16 @@ class Billm(Method):
     damping: float = 0.01
     true_sequential: bool = False
     salient_metric: str = "hessian"
-    search_on: str = "weight"
+    search_on: str = "loss"
     search_other_order: int = 2
     max_salient: int = 49
     split_over_salient: bool = False
 
     name: ClassVar[str] = "billm"
-    code_version: ClassVar[str] = "billm/1"
+    code_version: ClassVar[str] = "billm/2"
     weight_bits: ClassVar[tuple[int, ...]] = (1,)
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "corrected": {"search_on": "weight", "split_over_salient": False},
+        "corrected": {"search_on": "loss", "split_over_salient": False},
         "as_published": {"search_on": "salience", "split_over_salient": True},
     }
 
@@ -155,18 +157,21 @@ def binarize_block(weight_OB: Tensor, diagonal_B: Tensor, options: Billm) -> Bin
     if options.salient_metric == "hessian":
         metric_OB = _normalized(normalized_OB / diagonal_B).square()
     searched_OB = metric_OB if options.search_on == "salience" else normalized_OB
+    price_B = torch.ones_like(diagonal_B)
+    if options.search_on == "loss":
+        price_B = (diagonal_B.min() / diagonal_B).square()  # at most 1
 
     columns = weight_OB.shape[1]
-    ranked_B = torch.argsort(metric_OB.abs().sum(0).cpu(), descending=True, stable=True)
-    num_salient = search_num_salient(searched_OB[:, ranked_B.to(weight_OB.device)], options)
+    ranked_B = torch.argsort(metric_OB.abs().sum(0).cpu(), descending=True, stable=True).to(weight_OB.device)
+    num_salient = search_num_salient(searched_OB[:, ranked_B], price_B[ranked_B], options)
     salient_B = torch.zeros(columns, dtype=torch.bool)
-    salient_B[ranked_B[:num_salient]] = True
+    salient_B[ranked_B[:num_salient].cpu()] = True
     salient = salient_B.nonzero().flatten().to(weight_OB.device)
     other = (~salient_B).nonzero().flatten().to(weight_OB.device)
 
     searched_ON = searched_OB[:, other]
     padding = len(weight_OB) * num_salient if options.split_over_salient else 0
-    sparse_ON = searched_ON.abs() > search_split(searched_ON, padding)
+    sparse_ON = searched_ON.abs() > search_split(searched_ON, price_B[other], padding)
 
     dtype = options.grid.scale_dtype
     weight_OS, weight_ON = weight_OB[:, salient], weight_OB[:, other]
@@ -209,11 +214,12 @@ def _binarize(weight_OC: Tensor, member_OC: Tensor, scale_dtype: str) -> tuple[T
     return centred_OC >= 0, mean_O1, scale_O1
 
 
-def search_num_salient(ranked_OB: Tensor, options: Billm) -> int:
-    """How many of the leading columns to set apart, for the least squared error; of equals the fewest.
+def search_num_salient(ranked_OB: Tensor, price_B: Tensor, options: Billm) -> int:
+    """How many of the leading columns to set apart, for the least priced squared error; of equals the fewest.
 
     Args:
         ranked_OB: what is searched on, the most salient column first.
+        price_B: of a squared error in each column.
     Returns:
         1 to `max_salient`, fewer than there are columns (so 0 of a single column). 0 is not tried: one column has no
         error, as each row's value is its own mean.
@@ -223,14 +229,17 @@ def search_num_salient(ranked_OB: Tensor, options: Billm) -> int:
         return 0
     other_order = options.search_other_order
     errors_KO = torch.stack(
-        [squared_error(ranked_OB[:, :k], 2) + squared_error(ranked_OB[:, k:], other_order) for k in counts]
+        [
+            squared_error(ranked_OB[:, :k], 2, price_B[:k]) + squared_error(ranked_OB[:, k:], other_order, price_B[k:])
+            for k in counts
+        ]
     )
     # Summed in float64 on the host: neighbours differ little.
     return counts[int(errors_KO.cpu().double().sum(1).argmin())]
 
 
-def squared_error(values_OC: Tensor, order: int) -> Tensor:
-    """Squared error [O] of binarizing each row `order` times, each time what is left (paper, section 3.2).
+def squared_error(values_OC: Tensor, order: int, price_C: Tensor) -> Tensor:
+    """Priced squared error [O] of binarizing each row `order` times, each time what is left (paper, section 3.2).
 
     Means and scales are not rounded here.
     """
@@ -239,14 +248,15 @@ def squared_error(values_OC: Tensor, order: int) -> Tensor:
         centred_OC = residual_OC - residual_OC.mean(1, keepdim=True)
         scale_O1 = centred_OC.abs().mean(1, keepdim=True)
         residual_OC = centred_OC - torch.where(centred_OC < 0, -scale_O1, scale_O1)
-    return residual_OC.square().sum(1)
+    return residual_OC.square() @ price_C
 
 
-def search_split(values_ON: Tensor, num_zeros: int = 0) -> float:
-    """The magnitude up to which weights are concentrated, for the least squared error; of equals the lowest.
+def search_split(values_ON: Tensor, price_N: Tensor, num_zeros: int = 0) -> float:
+    """The magnitude up to which weights are concentrated, for the least priced squared error; of equals the lowest.
 
     Args:
         values_ON: what is searched on, without salient columns.
+        price_N: of a squared error in each column.
         num_zeros: zeros to add when quantiles are taken.
     """
     magnitude_ON = values_ON.abs()
@@ -256,24 +266,19 @@ def search_split(values_ON: Tensor, num_zeros: int = 0) -> float:
     # Interpolating to the next magnitude would split the weights no differently.
     ranks = [max(percent * last // 100 - num_zeros, -1) for percent in _SPLIT_PERCENTS]
     thresholds = [sorted_magnitudes[rank].item() if rank >= 0 else 0.0 for rank in ranks]
-    gains_TO = torch.stack([_split_gain(values_ON, magnitude_ON <= threshold) for threshold in thresholds])
-    return thresholds[int(gains_TO.cpu().double().sum(1).argmax())]
+    errors_TO = torch.stack([_split_error(values_ON, magnitude_ON <= threshold, price_N) for threshold in thresholds])
+    return thresholds[int(errors_TO.cpu().double().sum(1).argmin())]
 
 
-def _split_gain(values_ON: Tensor, concentrated_ON: Tensor) -> Tensor:
-    """By how much binarizing two parts brings each row's squared error below the sum of its squares.
-
-    With mean m and scale a = mean |v - m|, the error of n values is sum v^2 - n m^2 - n a^2.
-    """
+def _split_error(values_ON: Tensor, concentrated_ON: Tensor, price_N: Tensor) -> Tensor:
+    """Priced squared error [O] of binarizing two parts of each row."""
     concentrated = concentrated_ON.to(values_ON.dtype)
     count_O1 = concentrated.sum(1, keepdim=True)
-    rest_O1 = values_ON.shape[1] - count_O1
+    rest_O1 = (values_ON.shape[1] - count_O1).clamp(min=1)
+    count_O1 = count_O1.clamp(min=1)
     total_O1 = (values_ON * concentrated).sum(1, keepdim=True)
-    mean_O1 = total_O1 / count_O1.clamp(min=1)
-    rest_mean_O1 = (values_ON.sum(1, keepdim=True) - total_O1) / rest_O1.clamp(min=1)
+    mean_O1, rest_mean_O1 = total_O1 / count_O1, (values_ON.sum(1, keepdim=True) - total_O1) / rest_O1
     spread_ON = (values_ON - torch.where(concentrated_ON, mean_O1, rest_mean_O1)).abs()
     spread_O1 = (spread_ON * concentrated).sum(1, keepdim=True)
-    rest_spread_O1 = spread_ON.sum(1, keepdim=True) - spread_O1
-    gain = count_O1 * mean_O1.square() + rest_O1 * rest_mean_O1.square()
-    gain += spread_O1.square() / count_O1.clamp(min=1) + rest_spread_O1.square() / rest_O1.clamp(min=1)
-    return gain.squeeze(1)
+    scale_O1, rest_scale_O1 = spread_O1 / count_O1, (spread_ON.sum(1, keepdim=True) - spread_O1) / rest_O1
+    return (spread_ON - torch.where(concentrated_ON, scale_O1, rest_scale_O1)).square() @ price_N

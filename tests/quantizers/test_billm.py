@@ -80,7 +80,7 @@ def compare(weight, hessian, method):
 
 
 @pytest.mark.parametrize("salient_metric", ["hessian", "magnitude"])
-@pytest.mark.parametrize("search_on", ["weight", "salience"])
+@pytest.mark.parametrize("search_on", ["loss", "weight", "salience"])
 @pytest.mark.parametrize("search_other_order", [1, 2])
 @pytest.mark.parametrize("split_over_salient", [False, True])
 def test_equals_the_reference(make_problem, salient_metric, search_on, search_other_order, split_over_salient):
@@ -137,10 +137,12 @@ def test_split_is_at_the_best_quantile(preset):
     for seed in range(8):
         values = torch.randn(6, 5 + seed, generator=torch.Generator().manual_seed(seed))
         num_zeros = 6 if preset == "as_published" else 0
-        threshold = search_split(values, num_zeros)
+        prices = torch.rand(values.shape[1], generator=torch.Generator().manual_seed(seed)) + 0.1
+        threshold = search_split(values, prices, num_zeros)
         padded = np.pad(values.numpy().astype(np.float64), ((0, 0), (0, num_zeros // 6)))
         salient = list(range(values.shape[1], padded.shape[1]))
-        expected = reference.choose_split(padded, salient, over_salient=num_zeros > 0)
+        padded_prices = np.pad(prices.numpy(), (0, num_zeros // 6))
+        expected = reference.choose_split(padded, salient, num_zeros > 0, padded_prices)
         assert np.array_equal(values.abs().numpy() > threshold, expected[:, : values.shape[1]])
 
 
@@ -174,9 +176,10 @@ def test_metric_ranks_the_columns():
 def test_two_signs_are_no_worse_than_one(scale, seed, rows, columns):
     """Stored means and scales included: rounding to nearest never goes past twice the value."""
     weight = scale * torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
-    once, twice = squared_error(weight, 1), squared_error(weight, 2)
+    ones = torch.ones(columns)
+    once, twice = squared_error(weight, 1, ones), squared_error(weight, 2, ones)
     assert (twice <= once * (1 + 1e-5) + 1e-12 * scale**2).all()
-    block = binarize_block(weight, torch.ones(columns), options())
+    block = binarize_block(weight, ones, options())
     salient = block.salient_B.nonzero().flatten()
     values = weight[:, salient].double()
     first = (
@@ -190,12 +193,14 @@ def test_two_signs_are_no_worse_than_one(scale, seed, rows, columns):
 def test_error_falls_with_every_salient_column():
     """Two signs in a column rather than one; on average over rows, until 2 others are left, which have no error."""
     weight = torch.randn(2048, 64, generator=torch.Generator().manual_seed(0))
+    ones = torch.ones(64)
     errors = [
-        (squared_error(weight[:, :k], 2).sum() + squared_error(weight[:, k:], 1).sum()).item() for k in range(1, 63)
+        (squared_error(weight[:, :k], 2, ones[:k]).sum() + squared_error(weight[:, k:], 1, ones[k:]).sum()).item()
+        for k in range(1, 63)
     ]
     assert all(after < before for before, after in itertools.pairwise(errors))
-    assert search_num_salient(weight, options(search_other_order=1)) == 49
-    assert search_num_salient(weight, options(search_other_order=1, max_salient=99)) == 62
+    assert search_num_salient(weight, ones, options(search_other_order=1)) == 49
+    assert search_num_salient(weight, ones, options(search_other_order=1, max_salient=99)) == 62
 
 
 def test_two_signs_come_close_to_the_split():
@@ -204,20 +209,39 @@ def test_two_signs_come_close_to_the_split():
     method = options(max_salient=1)
     block = binarize_block(weight, torch.ones(128), method)
     split = ((block.decode() - weight)[:, ~block.salient_B].square().sum() / weight.square().sum()).item()
-    once, twice = ((squared_error(weight, order).sum() / weight.square().sum()).item() for order in (1, 2))
+    ones = torch.ones(128)
+    once, twice = ((squared_error(weight, order, ones).sum() / weight.square().sum()).item() for order in (1, 2))
     assert once == pytest.approx(1 - 2 / np.pi, abs=0.01)
     assert split == pytest.approx(0.13, abs=0.005)
     assert twice == pytest.approx(split, rel=0.05)
 
 
-def test_search_on_weights_is_better_where_no_input_sticks_out(make_problem):
-    """Not so where a few inputs are many times larger: squared errors of weights do not see inputs."""
-    ratios = []
+def relative_objectives(problem, choices):
+    """Of each `search_on`, the objective relative to that of quantizing to zero."""
+    weight, hessian = problem
+    whole = objective(weight, torch.zeros_like(weight), hessian)
+    return {
+        name: objective(weight, quantize(weight, hessian, options(search_on=name)).decode(), hessian) / whole
+        for name in choices
+    }
+
+
+def test_search_on_weights_is_good_where_no_input_sticks_out(make_problem):
+    for seed in range(4):
+        found = relative_objectives(make_problem(seed, 64, 192), ["loss", "weight", "salience"])
+        assert found["weight"] < 0.9 * found["salience"]
+        assert found["loss"] < 1.05 * found["weight"]
+
+
+def test_search_on_the_loss_is_best_where_inputs_stick_out(make_problem):
+    """Squared errors of weights do not see inputs, so that search gives far too many columns two signs."""
     for seed in range(4):
         weight, hessian = make_problem(seed, 64, 192)
-        errors = [objective(weight, quantize(weight, hessian, options(preset=p)).decode(), hessian) for p in PRESETS]
-        ratios.append(errors[PRESETS.index("corrected")] / errors[PRESETS.index("as_published")])
-    assert max(ratios) < 0.9
+        factors = torch.ones(192)
+        factors[torch.randperm(192, generator=torch.Generator().manual_seed(seed))[:6]] = 20
+        found = relative_objectives((weight, hessian * factors * factors[:, None]), ["loss", "weight", "salience"])
+        assert found["loss"] < 0.8 * found["weight"]
+        assert found["loss"] < found["salience"]
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -388,7 +412,7 @@ def test_presets_name_options():
         ({"max_salient": 0}, r"options\.max_salient = 0 must be at least 1"),
         ({"search_other_order": 3}, r"options\.search_other_order = 3 must be 1 or 2"),
         ({"salient_metric": "size"}, r"options\.salient_metric = 'size' is none of hessian, magnitude"),
-        ({"search_on": "both"}, r"options\.search_on = 'both' is none of weight, salience"),
+        ({"search_on": "both"}, r"options\.search_on = 'both' is none of loss, weight, salience"),
         ({"grid": Grid(bits=2)}, r"weight_bits = 2: billm is defined for 1 bit"),
         ({"grid": Grid(bits=1, group_size=64)}, r"group_size = 64: .* leave group_size out or per_channel"),
         ({"grid": Grid(bits=1, convention="gptq-sym")}, r"leave the symmetric convention out"),

@@ -47,30 +47,35 @@ def _stored(value: float, scale_dtype: str | None) -> float:
     return value if scale_dtype is None else grids.stored(value, scale_dtype)
 
 
-def error(matrix: Matrix, members: npt.NDArray[np.bool_], order: int) -> float:
-    """Squared error of binarizing the members of each row."""
+def error(matrix: Matrix, members: npt.NDArray[np.bool_], order: int, prices: Matrix) -> float:
+    """Squared error of binarizing the members of each row, each column's times its price."""
     total = 0.0
     for row, inside in zip(matrix, members, strict=True):
         values = [float(value) for value in row[inside]]
         approximation, _ = binarize(values, order, None)
-        total += math.fsum((value - near) ** 2 for value, near in zip(values, approximation, strict=True))
+        total += math.fsum(
+            (value - near) ** 2 * float(price)
+            for value, near, price in zip(values, approximation, prices[inside], strict=True)
+        )
     return total
 
 
-def choose_salient(searched: Matrix, ranking: list[int], max_salient: int, other_order: int) -> list[int]:
+def choose_salient(
+    searched: Matrix, ranking: list[int], max_salient: int, other_order: int, prices: Matrix
+) -> list[int]:
     """The leading columns of the ranking that are best set apart."""
     columns = searched.shape[1]
     best, best_error = 0, math.inf
     for count in range(1, min(max_salient, columns - 1) + 1):
         salient = np.zeros(searched.shape, dtype=bool)
         salient[:, ranking[:count]] = True
-        found = error(searched, salient, 2) + error(searched, ~salient, other_order)
+        found = error(searched, salient, 2, prices) + error(searched, ~salient, other_order, prices)
         if found < best_error:
             best, best_error = count, found
     return sorted(ranking[:best])
 
 
-def choose_split(searched: Matrix, salient: list[int], over_salient: bool) -> npt.NDArray[np.bool_]:
+def choose_split(searched: Matrix, salient: list[int], over_salient: bool, prices: Matrix) -> npt.NDArray[np.bool_]:
     """The sparse weights: those above the best of 81 quantiles (0.10 to 0.90) of the magnitudes."""
     others = np.ones(searched.shape, dtype=bool)
     others[:, salient] = False
@@ -83,7 +88,7 @@ def choose_split(searched: Matrix, salient: list[int], over_salient: bool) -> np
         if hundredths:  # between two: linear interpolation
             threshold += hundredths / 100 * (pool[place + 1] - pool[place])
         sparse = others & (magnitudes > threshold)
-        found = error(searched, sparse, 1) + error(searched, others & ~sparse, 1)
+        found = error(searched, sparse, 1, prices) + error(searched, others & ~sparse, 1, prices)
         if found < best_error:
             best, best_error = sparse, found
     return best
@@ -95,7 +100,7 @@ def quantize_block(
     *,
     scale_dtype: str = "float16",
     salient_metric: str = "hessian",
-    search_on: str = "weight",
+    search_on: str = "loss",
     search_other_order: int = 2,
     max_salient: int = 49,
     split_over_salient: bool = False,
@@ -110,8 +115,9 @@ def quantize_block(
     importance = [math.fsum(abs(float(value)) for value in metric[:, column]) for column in range(columns)]
     ranking = sorted(range(columns), key=lambda column: -importance[column])
     searched = metric if search_on == "salience" else weight
-    salient = choose_salient(searched, ranking, max_salient, search_other_order)
-    sparse = choose_split(searched, salient, split_over_salient)
+    prices = 1 / diagonal**2 if search_on == "loss" else np.ones(columns)
+    salient = choose_salient(searched, ranking, max_salient, search_other_order, prices)
+    sparse = choose_split(searched, salient, split_over_salient, prices)
 
     result, levels = np.zeros((rows, columns)), []
     for row in range(rows):
