@@ -16,10 +16,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from quantizers.block import walk_block
 from quantizers.errors import QuantizationError
 from quantizers.families import linear_at
-from quantizers.grid import Grid, decode, encode, fit_group
+from quantizers.grid import Grid, decode, encode, fit_group, round_to_grid
 from quantizers.method import BlockTransform, FloatBlock, LinearGroup, Method, MethodOutcome, Needs
 from quantizers.rescaling import Rescaling, value_reaches_output_unmixed
 from quantizers.rtn import round_to_nearest
@@ -39,7 +38,8 @@ class Awq(Method):
         num_ratios: candidates r = i / num_ratios.
         num_clips: candidate bounds m (1 - i / 20).
         clip_tokens: tokens on which clipping is judged.
-        search_windows: calibration windows on which attention and MLP are judged; 0 is all of them.
+        search_windows: calibration windows on which scales and clipping are judged; 0 is all of them. Mean magnitudes
+            are always of all.
     """
 
     path: str = "float"
@@ -51,7 +51,7 @@ class Awq(Method):
     search_windows: int = 8
 
     name: ClassVar[str] = "awq"
-    code_version: ClassVar[str] = "awq/1"
+    code_version: ClassVar[str] = "awq/2"
     default_convention: ClassVar[str] = "awq-asym"
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"corrected": {}, "as_published": {"search_windows": 0}}
 
@@ -76,7 +76,7 @@ class Awq(Method):
     @property
     def needs(self) -> Needs:
         """The block itself, the mean magnitudes of its inputs, and some tokens to judge by."""
-        return replace(super().needs, block=True, ranges=True, sample=True)
+        return replace(super().needs, block=True, ranges=True, sample=self.clip_tokens, windows=self.search_windows)
 
     def transform(self, block: FloatBlock) -> BlockTransform:
         """Search scales for the four places of a block in turn, each on the float block's own inputs; then clipping.
@@ -107,44 +107,37 @@ class _Search:
     def __init__(self, block: FloatBlock, options: Awq) -> None:
         self._block, self._family, self._options = block.block, block.family, options
         self.rescaling = Rescaling(block.block, block.family)
+        self._arguments = block.arguments
+        self._inputs: dict[int, list[Tensor]] = {0: [], 2: []}  # of attention and MLP, to run them again
         self._samples: list[Tensor] = []  # of each stage's inputs, for clipping
         self._hessians: dict[int, Tensor] = {}  # of the stages whose module is the linear itself
-        every = _chosen(sum(batch.shape[0] for batch in block.hidden), options.search_windows)
-        hidden, self._arguments = _windows(block.hidden, block.arguments, every)
-        self._attention_inputs = [block.block.get_submodule(self._family.attention_norm)(batch) for batch in hidden]
-        self._mlp_inputs: list[Tensor] = []
-        per_batch = [batch.shape[0] for batch in block.hidden]
-        streams = list(block.hidden)
-        for number, (stage, inputs) in enumerate(walk_block(block.block, self._family, streams, list(block.arguments))):
-            in_features = linear_at(block.block, stage[0]).in_features
-            device = linear_at(block.block, stage[0]).weight.device
-            hessian = Hessian(in_features, device) if number in (1, 3) else None
-            sample = TokenSample(sum(batch.shape[0] * batch.shape[1] for batch in block.hidden), options.clip_tokens)
-            kept: list[Tensor] = []
-            for batch in inputs:
+        for number, (stage, inputs) in enumerate(block.walk):
+            batches = list(inputs)
+            sample = TokenSample(sum(batch.shape[0] * batch.shape[1] for batch in batches), options.clip_tokens)
+            for batch in batches:
                 sample.update(batch)
-                if hessian is not None:
-                    hessian.update(batch)
-                if number == 2:
-                    kept.append(batch)
             self._samples.append(sample.value())
-            if hessian is not None:
+            if number in self._inputs:
+                self._inputs[number] = batches
+            else:
+                weight = linear_at(block.block, stage[0]).weight
+                hessian = Hessian(weight.shape[1], weight.device)
+                for batch in batches:
+                    hessian.update(batch)
                 self._hessians[number] = hessian.value()
-            if number == 2:
-                self._mlp_inputs = _pick(kept, per_batch, every)
 
     def attention_scale(self, mean_abs_I: Tensor) -> Tensor:
         attention = self._block.get_submodule(self._family.attention)
 
         def run() -> Iterable[Tensor]:
-            for batch, extra in zip(self._attention_inputs, self._arguments, strict=True):
+            for batch, extra in zip(self._inputs[0], self._arguments, strict=True):
                 yield attention(hidden_states=batch, **extra)[0]
 
         return self._by_forward(self._family.stages[0], mean_abs_I, run)
 
     def mlp_scale(self, mean_abs_I: Tensor) -> Tensor:
         mlp = self._block.get_submodule(self._family.mlp)
-        return self._by_forward(self._family.stages[2], mean_abs_I, lambda: (mlp(batch) for batch in self._mlp_inputs))
+        return self._by_forward(self._family.stages[2], mean_abs_I, lambda: (mlp(batch) for batch in self._inputs[2]))
 
     def linear_scale(self, stage: int, mean_abs_I: Tensor) -> Tensor:
         """For a linear on its own the summed squared error is tr(D H D^T), with no forward."""
@@ -185,7 +178,7 @@ class _Search:
         return candidates[losses.index(min(finite))]
 
     def _rounded(self, weight: Tensor, scale_I: Tensor) -> Tensor:
-        return round_to_nearest(weight * scale_I, self._options.grid).decode() / scale_I
+        return round_to_grid(weight * scale_I, self._options.grid).div_(scale_I)
 
     def clipped(self) -> dict[str, Tensor]:
         """Every linear but q and k, clipped on the inputs that it now gets."""
@@ -261,39 +254,3 @@ def _clip_group(weight_OK: Tensor, sample_TK: Tensor, grid: Grid, num_clips: int
         better = error < least
         best, least = torch.where(better[:, None], candidate, best), torch.where(better, error, least)
     return best
-
-
-def _chosen(num_windows: int, wanted: int) -> int:
-    """Every how many windows one is taken."""
-    return max(1, num_windows // wanted) if wanted else 1
-
-
-def _pick(batches: Sequence[Tensor], per_batch: Sequence[int], every: int) -> list[Tensor]:
-    picked, first = [], 0
-    for batch, size in zip(batches, per_batch, strict=True):
-        if range(-first % every, size, every):
-            picked.append(batch[-first % every :: every])
-        first += size
-    return picked
-
-
-def _windows(
-    hidden: Sequence[Tensor], arguments: Sequence[Mapping[str, Any]], every: int
-) -> tuple[list[Tensor], list[Mapping[str, Any]]]:
-    """Every n-th window with its arguments, in which batches of equal windows are broadcast along the first axis."""
-    kept = []
-    first = 0
-    for batch, extra in zip(hidden, arguments, strict=True):
-        rows = slice(-first % every, batch.shape[0], every)
-        if range(*rows.indices(batch.shape[0])):
-            kept.append((batch[rows], {key: _rows(value, rows, batch.shape[0]) for key, value in extra.items()}))
-        first += batch.shape[0]
-    return [batch for batch, _ in kept], [extra for _, extra in kept]
-
-
-def _rows(value: Any, rows: slice, batch: int) -> Any:
-    if isinstance(value, tuple):
-        return tuple(_rows(part, rows, batch) for part in value)
-    if isinstance(value, Tensor) and value.ndim > 1 and value.shape[0] == batch:
-        return value[rows]
-    return value

@@ -34,8 +34,8 @@ class Billm(Method):
     Args:
         block_size: columns that share salient columns and levels, and whose error is handed on at once.
         damping: fraction of the mean Hessian diagonal added to the diagonal.
-        true_sequential: within a decoder block, later linears see the quantized earlier ones; the released code
-            quantizes all at once.
+        true_sequential: within a decoder block, later linears see the quantized earlier ones; as released, all are
+            quantized at once.
         salient_metric: what ranks columns: `hessian`, the sum of w^2 / U_jj^2 over rows, or `magnitude`, of |w|.
         search_on: whose squared error both searches make small: `loss`, that of the weights with each column's priced
             at 1 / U_jj^2, which is what it costs in outputs (the loss of GPTQ and of algorithm 1's error feedback);
@@ -51,7 +51,7 @@ class Billm(Method):
 
     block_size: int = 128
     damping: float = 0.01
-    true_sequential: bool = False
+    true_sequential: bool = True
     salient_metric: str = "hessian"
     search_on: str = "loss"
     search_other_order: int = 2
@@ -62,8 +62,8 @@ class Billm(Method):
     code_version: ClassVar[str] = "billm/2"
     weight_bits: ClassVar[tuple[int, ...]] = (1,)
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "corrected": {"search_on": "loss", "split_over_salient": False},
-        "as_published": {"search_on": "salience", "split_over_salient": True},
+        "corrected": {"search_on": "loss", "split_over_salient": False, "true_sequential": True},
+        "as_published": {"search_on": "salience", "split_over_salient": True, "true_sequential": False},
     }
 
     @property

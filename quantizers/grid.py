@@ -242,13 +242,30 @@ def fit_grid(weight_OI: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
 def encode(weight: Tensor, scale: Tensor, zero: Tensor, grid: Grid) -> Tensor:
     """Codes of the nearest grid values (float32, whole numbers in [0, max_code]); shapes broadcast."""
     if grid.binary:  # the zero is fractional, so it must be added before rounding
-        return torch.round(weight / scale + zero).clamp_(0, 1)
-    return (torch.round(weight / scale) + zero).clamp_(0, grid.max_code)
+        return (weight / scale).add_(zero).round_().clamp_(0, 1)
+    return (weight / scale).round_().add_(zero).clamp_(0, grid.max_code)
 
 
 def decode(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     """The values that codes stand for, scale * (code - zero), in float32; shapes broadcast."""
     return scale * (codes - zero)
+
+
+def round_to_grid(weight_OI: Tensor, grid: Grid) -> Tensor:
+    """Each weight's nearest value on the grid that fits its group, in float32.
+
+    Raises:
+        QuantizationError: a scale overflows `grid.scale_dtype`.
+    """
+    out_features, in_features = weight_OI.shape
+    whole = in_features // grid.group_columns(in_features) * grid.group_columns(in_features)
+    rounded_OI = torch.empty_like(weight_OI)
+    for columns, groups in ((slice(0, whole), whole // grid.group_columns(in_features)), (slice(whole, None), 1)):
+        if (part := weight_OI[:, columns]).numel():
+            grouped_OGK = part.reshape(out_features, groups, -1)
+            scale, zero = (value.unsqueeze(-1) for value in fit_group(grouped_OGK, grid))
+            rounded_OI[:, columns] = decode(encode(grouped_OGK, scale, zero, grid), scale, zero).flatten(1)
+    return rounded_OI
 
 
 def expand_groups(per_group_OG: Tensor, in_features: int, grid: Grid) -> Tensor:

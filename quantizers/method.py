@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from quantizers.activations import ActivationGrid
+from quantizers.block import Stage
 from quantizers.errors import QuantizationError
 from quantizers.families import Family
 from quantizers.grid import Grid
@@ -18,6 +19,7 @@ from quantizers.statistics import InputRanges, InputStatistics
 from quantizers.uniform_weight import stored_bytes
 
 PATHS = ("quantized", "float")
+ALL_TOKENS = 1 << 62
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,21 +29,24 @@ class Needs:
     Args:
         hessian: `InputStatistics.hessian_II`.
         drift: `InputStatistics.drift_II`; the float model then runs beside the quantized one.
-        sample: `InputStatistics.sample_TI`.
+        sample: about how many tokens `InputStatistics.sample_TI` holds (`ALL_TOKENS` for all); 0 is no sample.
         ranges: `InputStatistics.ranges`, of the float model.
         block: the float block with its inputs, to run it as often as the method likes (see `Method.transform`).
+        windows: on the float path, on how many calibration windows `block` and `sample` look; 0 is all. `ranges` and
+            `hessian` are always of all.
     """
 
     hessian: bool = False
     drift: bool = False
-    sample: bool = False
+    sample: int = 0
     ranges: bool = False
     block: bool = False
+    windows: int = 0
 
     @property
     def calibration(self) -> bool:
         """Whether calibration data must be there at all."""
-        return self.hessian or self.drift or self.sample or self.ranges or self.block
+        return self.hessian or self.drift or self.sample > 0 or self.ranges or self.block
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,17 +87,18 @@ class MethodOutcome:
 
 @dataclass(frozen=True, kw_only=True)
 class FloatBlock:
-    """A decoder block with its float weights and its calibration inputs, a private copy that may be run and changed.
+    """A decoder block with its float weights, a private copy that may be run and changed.
 
     Args:
-        hidden: residual stream that enters the block, one [windows, tokens, hidden] tensor per batch.
-        arguments: the block's keyword arguments (mask, positions) per batch.
+        walk: the block's stages with their inputs, see `block.walk_block`; may be walked once, before anything is
+            changed. Empty unless `needs.block` or `needs.sample`.
+        arguments: the block's keyword arguments (mask, positions) per batch of the walk.
         ranges: of each stage's inputs, in the order of `family.stages`.
     """
 
     block: nn.Module
     family: Family
-    hidden: Sequence[Tensor]
+    walk: Iterator[Stage]
     arguments: Sequence[Mapping[str, Any]]
     ranges: Sequence[InputRanges]
 

@@ -20,7 +20,7 @@ from quantizers.errors import QuantizationError
 from quantizers.gptq import quantize_columns
 from quantizers.grid import PER_CHANNEL, SCALE_DTYPES, Grid, decode, encode, fit_group, stored_scale
 from quantizers.linalg import inverse_cholesky, without_unseen
-from quantizers.method import LinearGroup, Method, MethodOutcome, Needs
+from quantizers.method import ALL_TOKENS, LinearGroup, Method, MethodOutcome, Needs
 from quantizers.mixed_weight import MixedWeight
 
 # Of the error that the search for a scale minimizes, as in GPTQ's own search.
@@ -35,18 +35,18 @@ class SlimLlm(Method):
 
     What the released code does besides its options here is not reproduced under any preset: it ranks the groups twice,
     without the relative damping to choose how many change, and with it to choose which; it keeps the weights of inputs
-    that were always zero; a 1-bit weight equal to the mean decodes to the mean, a third level; a smaller last group may
-    change its bits, so that the average is no longer the grid's; and it allocates by all calibration tokens, where a
-    sample is taken here.
+    that were always zero; a 1-bit weight equal to the mean decodes to the mean, a third level; and a smaller last group
+    may change its bits, so that the average is no longer the grid's.
 
     Args:
         damping: fraction of the mean Hessian diagonal added to the diagonal.
         absolute_damping: added to the Hessian's diagonal before that; the released code adds 0.01 whatever the
             Hessian's size.
-        true_sequential: within a decoder block, later linears see the quantized earlier ones; the released code
-            quantizes all at once.
+        true_sequential: within a decoder block, later linears see the quantized earlier ones; as released, all are
+            quantized at once.
         block_size: columns whose corrections are applied to the rest of the matrix at once; speed only.
         bit_allocation: otherwise every group has the bits of the grid.
+        allocation_tokens: about how many calibration tokens bits are allocated by; 0 is all of them, as released.
         include_uniform: equal bits are one of the allocations tried; the released code always changes some groups
             where it can (from 4 groups on).
         bias_in_allocation: compare outputs with the bias on both sides; as released, only the float side has it.
@@ -62,9 +62,10 @@ class SlimLlm(Method):
 
     damping: float = 0.01
     absolute_damping: float = 0.0
-    true_sequential: bool = False
+    true_sequential: bool = True
     block_size: int = 128
     bit_allocation: bool = True
+    allocation_tokens: int = 4096
     include_uniform: bool = True
     bias_in_allocation: bool = True
     probability_floor: float = 0.0
@@ -75,10 +76,12 @@ class SlimLlm(Method):
     stale_symmetry: bool = False
 
     name: ClassVar[str] = "slim_llm"
-    code_version: ClassVar[str] = "slim_llm/1"
+    code_version: ClassVar[str] = "slim_llm/2"
     weight_bits: ClassVar[tuple[int, ...]] = (2, 3, 4, 5, 6, 7)
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "corrected": {
+            "allocation_tokens": 4096,
+            "true_sequential": True,
             "absolute_damping": 0.0,
             "include_uniform": True,
             "bias_in_allocation": True,
@@ -87,6 +90,8 @@ class SlimLlm(Method):
             "stale_symmetry": False,
         },
         "as_published": {
+            "allocation_tokens": 0,
+            "true_sequential": False,
             "absolute_damping": 0.01,
             "include_uniform": False,
             "bias_in_allocation": False,
@@ -99,7 +104,8 @@ class SlimLlm(Method):
     @property
     def needs(self) -> Needs:
         """The Hessian, and inputs to allocate bits by."""
-        return replace(super().needs, hessian=True, sample=self.bit_allocation)
+        sample = (self.allocation_tokens or ALL_TOKENS) if self.bit_allocation else 0
+        return replace(super().needs, hessian=True, sample=sample)
 
     def __post_init__(self) -> None:
         """Check the fields.
@@ -121,6 +127,7 @@ class SlimLlm(Method):
             ("probability_floor", 0 <= self.probability_floor < 1, "at least 0 and below 1"),
             ("search_range", 0 < self.search_range < 1, "between 0 and 1"),
             ("search_steps", self.search_steps >= 0, "at least 0"),
+            ("allocation_tokens", self.allocation_tokens >= 0, "at least 0"),
             ("salient_weight", 0 <= self.salient_weight < math.inf, "at least 0 and finite"),
         ):
             if not met:

@@ -10,9 +10,6 @@ from torch import Tensor
 # Columns per tile of the symmetric update. Below this a tile is too thin for a fast matrix product.
 _PANEL = 256
 
-# Tokens that methods get to see as they are.
-SAMPLE_TOKENS = 1024
-
 
 class Hessian:
     """H = (2/n) sum X X^T over the n calibration sequences, the Hessian of a linear's squared output error.
@@ -113,7 +110,7 @@ class RangeTracker:
 class TokenSample:
     """The inputs of some tokens, evenly spread over all that pass: every k-th, however they are batched."""
 
-    def __init__(self, num_tokens: int, size: int = SAMPLE_TOKENS) -> None:
+    def __init__(self, num_tokens: int, size: int) -> None:
         """Expect `num_tokens` in all and keep about `size` of them."""
         self._stride = max(1, num_tokens // size)
         self._passed = 0

@@ -115,7 +115,7 @@ def shares_hessians(method: Method) -> bool:
 def walks(method: Method) -> bool:
     """Whether calibration activations must stream through the model for this very cell."""
     needs = method.needs
-    return needs.sample or needs.block or (method.path != "float" and (needs.hessian or needs.drift))
+    return needs.sample > 0 or needs.block or (method.path != "float" and (needs.hessian or needs.drift))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,8 +129,11 @@ class _Streams:
 
     @classmethod
     def enter(cls, source: BlockSource, method: Method, windows: Tensor) -> _Streams:
+        needs = method.needs
+        if method.path == "float" and needs.windows:
+            windows = windows[:: max(1, len(windows) // needs.windows)]
         hidden, arguments = enter(source, windows)
-        return cls(hidden=hidden, float_hidden=list(hidden) if method.needs.drift else None, arguments=arguments)
+        return cls(hidden=hidden, float_hidden=list(hidden) if needs.drift else None, arguments=arguments)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,25 +161,22 @@ def _quantize_on_float_path(work: _Work, streams: _Streams | None, index: int) -
     family, method = work.family, work.method
     for stage in family.stages:
         _check_finite(work.block, stage, work.prefix)
-    hidden = list(streams.hidden) if streams else []
     samples: list[Tensor | None] = [None] * len(family.stages)
+    walk: Iterator[Stage] = iter(())
     if streams:
-        walk = walk_block(work.block, family, streams.hidden, streams.arguments[index])
-        for number, (stage, inputs) in enumerate(walk):
-            del stage
-            sample = TokenSample(sum(batch.shape[0] * batch.shape[1] for batch in hidden))
-            for batch in inputs:
-                sample.update(batch)
-            samples[number] = sample.value()
+        stages = walk_block(work.block, family, streams.hidden, streams.arguments[index])
+        walk = _sampled(stages, samples, _num_tokens(streams.hidden), method.needs.sample)
     transform = method.transform(
         FloatBlock(
             block=work.block,
             family=family,
-            hidden=hidden,
+            walk=walk,
             arguments=streams.arguments[index] if streams else [],
             ranges=[statistics.ranges for statistics in work.shared or () if statistics.ranges is not None],
         )
     )
+    for _ in walk:  # what the method did not look at
+        pass
     linears: list[QuantizedLinear] = []
     for number, stage in enumerate(family.stages):
         statistics = _rescaled(
@@ -189,6 +189,28 @@ def _quantize_on_float_path(work: _Work, streams: _Streams | None, index: int) -
         )
         linears += _quantize_stage(work, number, statistics, transform)
     return QuantizedBlock(linears=linears, dense={work.prefix + name: value for name, value in transform.dense.items()})
+
+
+def _sampled(walk: Iterator[Stage], samples: list[Tensor | None], num_tokens: int, size: int) -> Iterator[Stage]:
+    """A walk that leaves a sample of each stage's inputs in `samples`, however much of them is looked at."""
+    for number, (stage, inputs) in enumerate(walk):
+        sample = TokenSample(num_tokens, size) if size else None
+        passing = _passing(inputs, sample)
+        yield stage, passing
+        for _ in passing:
+            pass
+        samples[number] = sample.value() if sample else None
+
+
+def _passing(inputs: Iterator[Tensor], sample: TokenSample | None) -> Iterator[Tensor]:
+    for batch in inputs:
+        if sample:
+            sample.update(batch)
+        yield batch
+
+
+def _num_tokens(batches: Sequence[Tensor]) -> int:
+    return sum(batch.shape[0] * batch.shape[1] for batch in batches)
 
 
 def _rescaled(statistics: InputStatistics, scale_I: Tensor | None) -> InputStatistics:
@@ -231,7 +253,8 @@ def _quantize_on_quantized_path(work: _Work, streams: _Streams | None, index: in
         # Before this stage runs: a weight that is not finite would spoil, and so blame, the inputs of the next.
         _check_finite(block, stage, work.prefix)
         quantizer = _attach_activations(work, number)
-        statistics = _collect(work, number, inputs, next(float_walk)[1] if float_walk else None, quantizer)
+        float_inputs = next(float_walk)[1] if float_walk else None
+        statistics = _collect(work, number, inputs, float_inputs, quantizer, _num_tokens(streams.hidden))
         if method.true_sequential:
             install(number, statistics)
         else:
@@ -274,33 +297,29 @@ def _collect(
     inputs: Iterator[Tensor],
     float_inputs: Iterator[Tensor] | None,
     quantizer: ActivationQuantizer | None,
+    num_tokens: int,
 ) -> InputStatistics:
     needs, name = work.method.needs, work.family.stages[number][0]
     weight = linear_at(work.block, name).weight
     hessian = Hessian(weight.shape[1], weight.device)
     drift = Drift(weight.shape[1], weight.device) if float_inputs is not None else None
-    batches = list(inputs) if needs.sample else inputs
-    for batch in batches:
+    sample = TokenSample(num_tokens, needs.sample) if needs.sample else None
+    for batch in inputs:
         seen = quantizer(batch) if quantizer else batch
         hessian.update(seen)
         if drift is not None and float_inputs is not None:
             drift.update(seen, next(float_inputs))
+        if sample:
+            sample.update(seen)
     statistics = InputStatistics(
         hessian_II=hessian.value(),
         drift_II=drift.value() if drift else None,
-        sample_TI=_sample(batches, quantizer) if isinstance(batches, list) else None,
+        sample_TI=sample.value() if sample else None,
         ranges=work.ranges(number),
     )
     if not torch.isfinite(statistics.require_hessian().diagonal()).all():
         raise QuantizationError(f"the calibration inputs of {work.prefix}{name} hold NaN or infinity")
     return statistics
-
-
-def _sample(batches: Sequence[Tensor], quantizer: ActivationQuantizer | None) -> Tensor:
-    sample = TokenSample(sum(batch.shape[0] * batch.shape[1] for batch in batches))
-    for batch in batches:
-        sample.update(quantizer(batch) if quantizer else batch)
-    return sample.value()
 
 
 def _check_finite(block: nn.Module, stage: tuple[str, ...], prefix: str) -> None:

@@ -393,8 +393,8 @@ def test_needs():
     assert needs.hessian
     assert not any((needs.drift, needs.sample, needs.ranges, needs.block))
     assert options(fold=0.5).needs.drift
-    assert not options().true_sequential
-    assert options(true_sequential=True).true_sequential
+    assert options().true_sequential
+    assert not options(preset="as_published").true_sequential
 
 
 def test_presets_name_options():
