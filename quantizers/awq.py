@@ -48,7 +48,7 @@ class Awq(Method):
     num_ratios: int = 20
     num_clips: int = 10
     clip_tokens: int = 512
-    search_windows: int = 8
+    search_windows: int = 4
 
     name: ClassVar[str] = "awq"
     code_version: ClassVar[str] = "awq/2"

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from orchestrator.atlas import labels
 from orchestrator.atlas.advice import deployments
 from orchestrator.atlas.provenance import census_text, protocol_lines, provenance_lines
+from orchestrator.atlas.seeds import NOTE, seed_rows
 from orchestrator.atlas.tables import Entry, ModelMap, State
 
 if TYPE_CHECKING:
@@ -62,7 +63,16 @@ def _model(model_map: ModelMap) -> list[str]:
             squares = [_square(model_map, column, model_map.entry(cell, column)) if cell else "" for cell in cells]
             rows.append([escape(variant.label), *squares])
         lines += table(header, rows)
-    return lines + _cells(model_map)
+    return lines + _seeds(model_map) + _cells(model_map)
+
+
+def _seeds(model_map: ModelMap) -> list[str]:
+    found = seed_rows(model_map)
+    if not found:
+        return []
+    header = ["cell", "seeds", *(escape(model_map.title(column)) for column in model_map.columns)]
+    rows = [[escape(row.label), row.seeds, *map(escape, row.scores)] for row in found]
+    return ["### Over calibration seeds", "", *table(header, rows), NOTE, ""]
 
 
 def _cells(model_map: ModelMap) -> list[str]:

@@ -13,6 +13,8 @@ from orchestrator.atlas.advice import deployments
 from orchestrator.atlas.figures import CURVE_AXES, curves, describe, method_colours, trade_off, unplaced
 from orchestrator.atlas.layer_figures import layer_figures
 from orchestrator.atlas.provenance import census_text, protocol_lines, provenance_lines
+from orchestrator.atlas.seeds import NOTE as SEED_NOTE
+from orchestrator.atlas.seeds import seed_rows
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -69,6 +71,7 @@ def render_page(atlas: Atlas, maps: Sequence[ModelMap], *, made_at: datetime) ->
         style=Markup((here / STYLE).read_text(encoding="utf-8")),
         plotly=Markup(scripts[0]),
         script=Markup(scripts[1]),
+        seed_note=SEED_NOTE,
         figures=Markup(_json_for_script([_figures(atlas, model_map, colours) for model_map in maps])),
     )
 
@@ -117,6 +120,7 @@ def _model(model_map: ModelMap) -> dict[str, Any]:
         ],
         "bits": [labels.bits_header(bits) for bits in model_map.weight_bits],
         "has_variants": bool(model_map.variants),
+        "seeds": seed_rows(model_map),
         "cells": [_cell(model_map, cell) for cell in model_map.cells],
     }
 

@@ -11,6 +11,7 @@ from rich.text import Text
 from orchestrator.atlas import labels
 from orchestrator.atlas.advice import deployments
 from orchestrator.atlas.provenance import census_text, protocol_lines, provenance_lines
+from orchestrator.atlas.seeds import seed_rows
 from orchestrator.atlas.tables import HEAT_LEVELS, Entry, ModelMap, State
 
 if TYPE_CHECKING:
@@ -58,7 +59,22 @@ def _print_model(model_map: ModelMap, console: Console) -> None:
         if len(shown) < len(model_map.columns):
             rest = labels.counted(len(model_map.columns) - len(shown), "further map")
             console.print(Text(f"{rest} in atlas.html; every value is below.", style="dim"))
+    _print_seeds(model_map, console)
     for table in _cell_tables(model_map, console.width):
+        console.print(table)
+
+
+def _print_seeds(model_map: ModelMap, console: Console) -> None:
+    """One table per column, so that a narrow terminal cuts no number."""
+    rows = seed_rows(model_map)
+    for index, column in enumerate(model_map.columns if rows else ()):
+        title = Text(f"{model_map.title(column)} over calibration seeds", style="bold")
+        table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, title_style="", pad_edge=False)
+        table.add_column("cell")
+        table.add_column("seeds")
+        table.add_column("mean ± sd", justify="right", no_wrap=True)
+        for row in rows:
+            table.add_row(Text(row.label), Text(row.seeds), Text(row.scores[index]))
         console.print(table)
 
 

@@ -10,9 +10,13 @@ PEERS = {
     "awq": "AWQ W4 g64 against llm-compressor: perplexity and wall time",
     "smoothquant": "SmoothQuant W8A8 against llm-compressor: perplexity and wall time",
 }
-# Not run unless named: it writes 16 GB.
-LARGE = {"memory": "peak memory of quantizing a synthetic 7B checkpoint block by block"}
-BENCHMARKS = PEERS | LARGE
+# Not run unless named: they have no peer, and memory writes 16 GB.
+OTHERS = {
+    "outliers": "what SmoothQuant and AWQ recover on a copy of the model with activation outliers",
+    "profile": "where the time of GPTQ, AWQ and SmoothQuant goes, against the peak of matrix products",
+    "memory": "peak memory of quantizing a synthetic 7B checkpoint block by block",
+}
+BENCHMARKS = PEERS | OTHERS
 
 
 def main():
