@@ -50,9 +50,10 @@ def inverse_cholesky(hessian_II: Tensor, damping: float) -> tuple[Tensor, float]
         factor, failed = torch.linalg.cholesky_ex(damped)
         del damped
         if not failed.item():
-            identity = torch.eye(factor.shape[0], dtype=torch.float64)
-            inverse = torch.linalg.solve_triangular(factor, identity, upper=False)
-            del factor, identity
+            # Transposed, the identity is column-major, and only then is it solved in place.
+            inverse = torch.eye(factor.shape[0], dtype=torch.float64).T
+            torch.linalg.solve_triangular(factor, inverse, upper=False, out=inverse)
+            del factor
             return inverse.to(torch.float32).flip(0, 1).contiguous().to(hessian_II.device), rung
     raise QuantizationError(
         f"the Hessian is not positive definite even with damping {DAMPING_LADDER[-1]}; "
