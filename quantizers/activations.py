@@ -102,7 +102,10 @@ class ActivationQuantizer:
             scale, zero = self.scale.to(values.device), self.zero.to(values.device)
         least, largest = self.grid.ends
         codes = (torch.round(wide / scale) + zero).clamp_(least, largest)
-        return ((codes - zero) * scale).to(values.dtype)
+        rounded = (codes - zero) * scale
+        if self.grid.static:  # a fixed scale would clamp infinity and so hide an overflow
+            rounded = torch.where(wide.isinf(), wide, rounded)
+        return rounded.to(values.dtype)
 
     def spec(self) -> dict[str, Any]:
         """As JSON values."""

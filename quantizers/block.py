@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from quantizers.block_source import BlockSource
-from quantizers.families import Family, blocks_of
+from quantizers.errors import QuantizationError
+from quantizers.families import Family, blocks_of, linear_at
 
 # Tokens that go through a block at once: large enough for efficient products, small enough for the cache.
 _TOKENS_PER_BATCH = 4096
@@ -61,6 +62,17 @@ def walk_block(
     yield mlp_output, iter(gated)
     for index, batch in enumerate(gated):
         hidden[index] = hidden[index] + after_mlp(down(batch))
+
+
+def check_weights_finite(block: nn.Module, stage: Sequence[str], prefix: str) -> None:
+    """To be asked before a stage runs: a broken weight would spoil, and so blame, the inputs of the next.
+
+    Raises:
+        QuantizationError: a weight of the stage holds NaN or infinity; `prefix` is the block's name with its dot.
+    """
+    for name in stage:
+        if not torch.isfinite(linear_at(block, name).weight).all():
+            raise QuantizationError(f"{prefix}{name}.weight holds NaN or infinity")
 
 
 def run_block(block: nn.Module, family: Family, hidden: list[Tensor], arguments: Sequence[Mapping[str, Any]]) -> None:

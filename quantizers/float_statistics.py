@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from quantizers.block import enter, walk_block
+from quantizers.block import check_weights_finite, enter, walk_block
 from quantizers.block_source import BlockSource
 from quantizers.errors import QuantizationError
 from quantizers.families import linear_at
@@ -28,7 +28,7 @@ def collect_float_statistics(
         hessians: collect Hessians too; they take 4 I^2 bytes per stage.
         progress: called with (blocks done, blocks).
     Raises:
-        QuantizationError: the inputs of a linear are not finite; names it.
+        QuantizationError: the weight or the inputs of a linear are not finite; names it.
     """
     family = source.family
     hidden, arguments = enter(source, windows)
@@ -37,7 +37,9 @@ def collect_float_statistics(
             progress(index, source.num_blocks)
         block = source.block(index)
         stages: list[InputStatistics] = []
+        prefix = f"{family.blocks}.{index}."
         for stage, inputs in walk_block(block, family, hidden, arguments[index]):
+            check_weights_finite(block, stage, prefix)
             in_features = linear_at(block, stage[0]).in_features
             ranges = RangeTracker(in_features, source.device)
             hessian = Hessian(in_features, source.device) if hessians else None
@@ -47,9 +49,7 @@ def collect_float_statistics(
                     hessian.update(batch)
             value = ranges.value()
             if not torch.isfinite(value.mean_abs_I).all():
-                raise QuantizationError(
-                    f"the calibration inputs of {family.blocks}.{index}.{stage[0]} hold NaN or infinity"
-                )
+                raise QuantizationError(f"the calibration inputs of {prefix}{stage[0]} hold NaN or infinity")
             stages.append(InputStatistics(ranges=value, hessian_II=hessian.value() if hessian else None))
         yield stages
     if progress:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -159,8 +160,8 @@ class Method(ABC):
         """
         if not 0 <= self.fold <= 1:
             raise QuantizationError(f"options.fold = {self.fold} must be from 0 to 1")
-        if self.fold_damping <= 0:
-            raise QuantizationError(f"options.fold_damping = {self.fold_damping} must be above 0")
+        if not 0 < self.fold_damping < math.inf:
+            raise QuantizationError(f"options.fold_damping = {self.fold_damping} must be above 0 and finite")
         if self.path not in PATHS:
             raise QuantizationError(f"options.path = {self.path!r} is none of {', '.join(PATHS)}")
         if self.fold > 0 and self.path == "float":

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from quantizers.activations import ActivationQuantizer
 from quantizers.apply import StoredBlock, StoredLinear, quantize_activations
-from quantizers.block import Stage, enter, run_block, walk_block
+from quantizers.block import Stage, check_weights_finite, enter, run_block, walk_block
 from quantizers.block_source import BlockSource, private_copy
 from quantizers.errors import QuantizationError
 from quantizers.families import Family, blocks_of, family_of, linear_at
@@ -160,7 +160,7 @@ def _quantize_on_float_path(work: _Work, streams: _Streams | None, index: int) -
     """All stages are quantized for the float block's own inputs; the streams move on with the float block's output."""
     family, method = work.family, work.method
     for stage in family.stages:
-        _check_finite(work.block, stage, work.prefix)
+        check_weights_finite(work.block, stage, work.prefix)
     samples: list[Tensor | None] = [None] * len(family.stages)
     walk: Iterator[Stage] = iter(())
     if streams:
@@ -251,7 +251,7 @@ def _quantize_on_quantized_path(work: _Work, streams: _Streams | None, index: in
     pending: list[InputStatistics] = []
     for number, (stage, inputs) in enumerate(walk_block(block, family, hidden, streams.arguments[index])):
         # Before this stage runs: a weight that is not finite would spoil, and so blame, the inputs of the next.
-        _check_finite(block, stage, work.prefix)
+        check_weights_finite(block, stage, work.prefix)
         quantizer = _attach_activations(work, number)
         float_inputs = next(float_walk)[1] if float_walk else None
         statistics = _collect(work, number, inputs, float_inputs, quantizer, _num_tokens(streams.hidden))
@@ -320,12 +320,6 @@ def _collect(
     if not torch.isfinite(statistics.require_hessian().diagonal()).all():
         raise QuantizationError(f"the calibration inputs of {work.prefix}{name} hold NaN or infinity")
     return statistics
-
-
-def _check_finite(block: nn.Module, stage: tuple[str, ...], prefix: str) -> None:
-    for name in stage:
-        if not torch.isfinite(linear_at(block, name).weight).all():
-            raise QuantizationError(f"{prefix}{name}.weight holds NaN or infinity")
 
 
 def _quantize_stage(

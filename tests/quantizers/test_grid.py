@@ -57,7 +57,7 @@ def grids_for(draw, columns, min_bits=1):
     return Grid(
         bits=draw(st.integers(min_bits, 8)),
         group_size=draw(st.integers(0, columns)),
-        convention=CONVENTION[draw(st.booleans())],
+        convention=draw(st.sampled_from(CONVENTIONS)),
         scale_dtype=draw(st.sampled_from(["float16", "bfloat16", "float32"])),
         tail_group=True,
     )
@@ -74,14 +74,9 @@ def quantized(weight, grid):
 def test_equals_the_reference(data, weight):
     grid = data.draw(grids_for(weight.shape[1], min_bits=2))
     if grid.scale_dtype == "float32":
-        grid = Grid(
-            bits=grid.bits,
-            group_size=grid.group_size,
-            convention=CONVENTION[grid.symmetric],
-            tail_group=True,
-        )
+        grid = dataclasses.replace(grid, scale_dtype="float16")
     codes, scales, zeros = grids.round_to_nearest(
-        weight.tolist(), grid.bits, grid.group_size, grid.symmetric, grid.scale_dtype
+        weight.tolist(), grid.bits, grid.group_size, grid.convention, grid.scale_dtype
     )
     scale, zero = fit_grid(weight, grid)
     assert scale.tolist() == scales
@@ -91,16 +86,16 @@ def test_equals_the_reference(data, weight):
 
 @given(st.data(), matrices())
 def test_float32_scales_equal_the_reference_within_float32(data, weight):
-    convention = CONVENTION[data.draw(st.booleans())]
+    convention = data.draw(st.sampled_from(CONVENTIONS))
     grid = Grid(bits=data.draw(st.integers(2, 8)), convention=convention, scale_dtype="float32")
-    _, scales, _ = grids.round_to_nearest(weight.tolist(), grid.bits, 0, grid.symmetric, "float32")
+    _, scales, _ = grids.round_to_nearest(weight.tolist(), grid.bits, 0, convention, "float32")
     torch.testing.assert_close(fit_grid(weight, grid)[0], torch.tensor(scales), rtol=3e-7, atol=0)
 
 
-@given(matrices(), st.booleans(), st.sampled_from(["float16", "bfloat16", "float32"]))
-def test_binary_levels_equal_the_reference(weight, symmetric, scale_dtype):
-    grid = Grid(bits=1, convention=CONVENTION[symmetric], scale_dtype=scale_dtype)
-    _, scales, zeros = grids.round_to_nearest(weight.tolist(), 1, 0, symmetric, scale_dtype)
+@given(matrices(), st.sampled_from(CONVENTIONS), st.sampled_from(["float16", "bfloat16", "float32"]))
+def test_binary_levels_equal_the_reference(weight, convention, scale_dtype):
+    grid = Grid(bits=1, convention=convention, scale_dtype=scale_dtype)
+    _, scales, zeros = grids.round_to_nearest(weight.tolist(), 1, 0, convention, scale_dtype)
     scale, zero = fit_grid(weight, grid)
     # Means are rounded before they are stored: float32's sums of 24 numbers, then one unit of storage either way.
     step = torch.finfo(SCALE_DTYPES[scale_dtype]).eps + 3e-6

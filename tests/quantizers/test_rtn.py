@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quantizers.errors import QuantizationError
-from quantizers.grid import Grid
+from quantizers.grid import CONVENTIONS, Grid
 from quantizers.method import LinearGroup
 from quantizers.rtn import Rtn, round_to_nearest
 from tests.reference import grids
@@ -15,19 +15,21 @@ from tests.reference.grids import CONVENTION
 
 @given(
     st.integers(2, 8),
-    st.booleans(),
+    st.sampled_from(CONVENTIONS),
     st.sampled_from([0, 1, 7, 8]),
     st.lists(st.lists(st.integers(-2048, 2048), min_size=24, max_size=24), min_size=1, max_size=4),
 )
-def test_equals_the_reference(bits, symmetric, group_size, rows):
+def test_equals_the_reference(bits, convention, group_size, rows):
     weight = torch.tensor(rows) / 1024
-    grid = Grid(bits=bits, convention=CONVENTION[symmetric], group_size=group_size, tail_group=True)
-    codes, scales, zeros = grids.round_to_nearest(weight.tolist(), bits, group_size, symmetric)
+    grid = Grid(bits=bits, convention=convention, group_size=group_size, tail_group=True)
+    codes, scales, zeros = grids.round_to_nearest(weight.tolist(), bits, group_size, convention)
     quantized = round_to_nearest(weight, grid)
     assert quantized.codes_OI.dtype == torch.uint8
     assert quantized.codes_OI.tolist() == codes
     assert quantized.scale_OG.tolist() == scales
-    assert (None if symmetric else zeros) == (quantized.zero_OG.tolist() if quantized.zero_OG is not None else None)
+    assert (None if grid.symmetric else zeros) == (
+        quantized.zero_OG.tolist() if quantized.zero_OG is not None else None
+    )
     assert quantized.column_group_I is None
 
 

@@ -2,17 +2,21 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
 
 from quantizers.activations import ActivationGrid
 from quantizers.apply import installed
 from quantizers.block_source import InMemory
 from quantizers.errors import QuantizationError
+from quantizers.families import family_of
 from quantizers.grid import Grid
 from quantizers.rtn import Rtn, round_to_nearest
 from quantizers.smoothquant import SmoothQuant, smoothing_scale
 from quantizers.stream import quantize_blocks
 from tests.outliers import make_outliers
-from tests.quantizers.conftest import distance, logits
+from tests.quantizers.conftest import MODELS, build, distance, logits
 from tests.reference import rescaling as reference
 
 GRID = Grid(bits=8, convention="sq-sym", scale_dtype="float32")
@@ -29,6 +33,72 @@ def test_scales_equal_the_reference(alpha):
     found = smoothing_scale(ranges, weights, alpha)
     assert torch.isfinite(found).all()
     assert found.tolist() == pytest.approx(expected, rel=1e-5)
+
+
+MAGNITUDES = st.one_of(st.sampled_from([0.0, 1e-30, 1e-6]), st.floats(2**-10, 1e4, width=32))
+
+
+@given(st.data(), st.integers(1, 12), st.floats(0, 1))
+def test_scales_are_equation_4_for_any_ranges(data, channels, alpha):
+    """Above the floors of 1e-5 it moves range from one side to the other, and at 1/2 leaves both equal."""
+    max_abs, *rows = data.draw(st.lists(st.lists(MAGNITUDES, min_size=channels, max_size=channels), min_size=3))
+    weights = [torch.tensor(rows[:1]), -torch.tensor(rows[1:])]
+    largest = torch.tensor(rows).amax(0)
+    expected = reference.smoothing_scale(max_abs, [weight.tolist() for weight in weights], alpha)
+    found = smoothing_scale(torch.tensor(max_abs), weights, alpha)
+    assert torch.isfinite(found).all()
+    assert (found >= 1e-5).all()
+    assert found.tolist() == pytest.approx(expected, rel=1e-4)
+    plain = (torch.tensor(max_abs) > 1e-5) & (largest > 1e-5)
+    balanced = smoothing_scale(torch.tensor(max_abs), weights, 0.5)
+    torch.testing.assert_close(
+        (torch.tensor(max_abs) / balanced)[plain], (largest * balanced)[plain], rtol=1e-4, atol=0
+    )
+
+
+@given(st.data(), st.integers(1, 12))
+def test_limits_of_alpha(data, channels):
+    """0: weights of equal range, whatever the activations; 1: activations of equal range, whatever the weights."""
+    max_abs, other, weight = (
+        torch.tensor(data.draw(st.lists(st.floats(2**-10, 1e4, width=32), min_size=channels, max_size=channels)))
+        for _ in range(3)
+    )
+    all_weights = smoothing_scale(max_abs, [weight[None]], 0.0)
+    torch.testing.assert_close(weight * all_weights, torch.ones(channels), rtol=1e-5, atol=0)
+    assert torch.equal(all_weights, smoothing_scale(other, [weight[None]], 0.0))
+    all_activations = smoothing_scale(max_abs, [weight[None]], 1.0)
+    torch.testing.assert_close(max_abs / all_activations, torch.ones(channels), rtol=1e-5, atol=0)
+    assert torch.equal(all_activations, smoothing_scale(max_abs, [other[None]], 1.0))
+
+
+@settings(max_examples=25)
+@given(st.sampled_from(list(MODELS)), st.floats(0, 1), st.integers(0, 10**6))
+def test_the_smoothed_block_computes_the_same(case, alpha, seed):
+    """Before anything is rounded, with outliers in the norms and a channel that is switched off."""
+    model = build(case, num_hidden_layers=1, **({"layer_types": ["full_attention"]} if case == "gemma3_text" else {}))
+    windows = torch.randint(0, 96, (3, 8), generator=torch.Generator().manual_seed(seed))
+    family, kept = family_of(model), []
+    block = model.get_submodule(f"{family.blocks}.0")
+    with torch.no_grad():
+        for norm in (family.attention_norm, family.mlp_norm):
+            weight = block.get_submodule(norm).weight
+            weight[seed % 48] = 40.0
+            weight[(seed + 1) % 48] = -family.norm_offset
+
+    class Watched(SmoothQuant):
+        def transform(self, block):
+            kept.append(super().transform(block))
+            return kept[-1]
+
+    list(quantize_blocks(InMemory(model), Watched(grid=GRID, alpha=alpha), windows))
+    (found,) = kept
+    assert set(found.references) == {*family.stages[0], *family.stages[2]}
+    expected = logits(model, windows)
+    for name, value in [(f"{name}.weight", value) for name, value in found.references.items()] + [*found.dense.items()]:
+        owner, _, field = name.rpartition(".")
+        assert not torch.equal(block.get_parameter(name), value)
+        setattr(block.get_submodule(owner), field, nn.Parameter(value.clone(), requires_grad=False))
+    assert (logits(model, windows) - expected).norm() <= 1e-5 * expected.norm()
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])

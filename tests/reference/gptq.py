@@ -57,6 +57,7 @@ def quantize(
     if act_order:
         order.sort(key=lambda column: -importance[column])  # stable, as ties keep their order
 
+    convention = grids.CONVENTION[symmetric]
     members = _members(order, group_size, in_order=not static_groups)
     group_of = [next(index for index, group in enumerate(members) if column in group) for column in range(columns)]
 
@@ -68,11 +69,11 @@ def quantize(
         fitted: dict[int, tuple[float, float]] = {}
         if static_groups:
             for index, group in enumerate(members):
-                fitted[index] = grids.fit_group([weight[row, c] for c in group], bits, symmetric, scale_dtype)
+                fitted[index] = grids.fit_group([weight[row, c] for c in group], bits, convention, scale_dtype)
         for column in order:
             index = group_of[column]
             if index not in fitted:  # the group's first column: fit to the weights as corrected so far
-                fitted[index] = grids.fit_group([work[c] for c in members[index]], bits, symmetric, scale_dtype)
+                fitted[index] = grids.fit_group([work[c] for c in members[index]], bits, convention, scale_dtype)
             code = grids.encode(work[column], *fitted[index], bits)
             codes[row, column] = code
             decoded[row, column] = grids.decode(code, *fitted[index])

@@ -1,4 +1,7 @@
-"""Uniform grids as plain float64 loops: one group of weights at a time, no tensor code shared with `quantizers`."""
+"""Uniform grids as plain float64 loops: one group of weights at a time, no tensor code shared with `quantizers`.
+
+Written from the formulas in the docstring of `quantizers/grid.py`.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,10 @@ import math
 
 import torch
 
-# The convention that these loops follow, by whether it is symmetric.
+# GPTQ's convention, by whether it is symmetric.
 CONVENTION = {True: "gptq-sym", False: "gptq-asym"}
+
+Fit = tuple[float, float]  # scale and zero
 
 
 def stored(value: float, scale_dtype: str) -> float:
@@ -21,30 +26,41 @@ def smallest(scale_dtype: str) -> float:
 
 
 def fit_group(
-    weights: list[float], bits: int, symmetric: bool = False, scale_dtype: str = "float16"
-) -> tuple[float, float]:
-    """Scale and zero of one group of one row."""
-    max_code = 2**bits - 1
+    weights: list[float], bits: int, convention: str = "gptq-asym", scale_dtype: str = "float16", shrink: float = 1.0
+) -> Fit:
+    """Scale and zero of one group of one row, whose range is multiplied by `shrink` first."""
+    symmetric = convention.split("-")[1] == "sym"
     if bits == 1:
         return _fit_binary(weights, symmetric, scale_dtype)
+    max_code, half = 2**bits - 1, 2 ** (bits - 1)
     if symmetric:
-        reach = 0.0
-        for weight in weights:
-            reach = max(reach, abs(weight))
-        if reach == 0:
-            reach = 1.0
-        return _scale(2 * reach / max_code, scale_dtype), (max_code + 1) / 2
-    low, high = 0.0, 0.0
-    for weight in weights:
-        low, high = min(low, weight), max(high, weight)
+        reach = shrink * (max(abs(weight) for weight in weights) or 1.0)
+        if convention in ("gptaq-sym", "sq-sym"):
+            return _scale(reach / (half - 1), scale_dtype), float(half)
+        slips = convention == "gptq-sym-released" and min(weights) >= 0 and max(weights) > 0
+        return _scale((reach if slips else 2 * reach) / max_code, scale_dtype), float(half)
+    low, high = min(weights), max(weights)
+    if convention == "gptq-asym" or low == high:
+        low, high = min(low, 0.0), max(high, 0.0)
     if low == high == 0:
         low, high = -1.0, 1.0
+    low, high = shrink * low, shrink * high
     scale = _scale((high - low) / max_code, scale_dtype)
     zero = float(round(-low / scale))  # halves to even
     return scale, min(max(zero, 0.0), float(max_code))
 
 
-def _fit_binary(weights: list[float], symmetric: bool, scale_dtype: str) -> tuple[float, float]:
+def shrunk_fits(weights: list[float], bits: int, convention: str, scale_dtype: str) -> list[Fit]:
+    """The candidates of the mse search, ranges times 1.00, 0.99, ... 0.21; the first of the least `loss` is meant."""
+    return [fit_group(weights, bits, convention, scale_dtype, percent / 100) for percent in range(100, 20, -1)]
+
+
+def loss(weights: list[float], scale: float, zero: float, bits: int) -> float:
+    """What the mse search minimizes: the sum of |error|^2.4."""
+    return math.fsum(abs(decode(encode(weight, scale, zero, bits), scale, zero) - weight) ** 2.4 for weight in weights)
+
+
+def _fit_binary(weights: list[float], symmetric: bool, scale_dtype: str) -> Fit:
     mean = 0.0 if symmetric else math.fsum(weights) / len(weights)
     spread = math.fsum(abs(weight - mean) for weight in weights) / len(weights)
     if symmetric:
@@ -77,14 +93,18 @@ def groups_of(in_features: int, group_size: int) -> list[range]:
 
 
 def round_to_nearest(
-    weight: list[list[float]], bits: int, group_size: int = 0, symmetric: bool = False, scale_dtype: str = "float16"
+    weight: list[list[float]],
+    bits: int,
+    group_size: int = 0,
+    convention: str = "gptq-asym",
+    scale_dtype: str = "float16",
 ) -> tuple[list[list[int]], list[list[float]], list[list[float]]]:
     """Codes [row][column], scales and zeros [row][group] of a matrix."""
     codes, scales, zeros = [], [], []
     for row in weight:
         row_codes, row_scales, row_zeros = [], [], []
         for columns in groups_of(len(row), group_size):
-            scale, zero = fit_group([row[column] for column in columns], bits, symmetric, scale_dtype)
+            scale, zero = fit_group([row[column] for column in columns], bits, convention, scale_dtype)
             row_codes += [encode(row[column], scale, zero, bits) for column in columns]
             row_scales.append(scale)
             row_zeros.append(zero)

@@ -29,10 +29,31 @@ def awq_scale(mean_abs: list[float], ratio: float) -> list[float]:
     return [scale / centre for scale in scales]
 
 
-def rounded(weight: list[list[float]], scale: list[float], bits: int, group_size: int) -> list[list[float]]:
-    """Scaled, rounded to the gptq-asym grid with float32 scales, and scaled back."""
+def awq_duo_scale(
+    mean_abs: list[float], weights: list[list[list[float]]], ratio: float, group_size: int
+) -> list[float]:
+    """x^r / (w^(1-r) + 1e-4), likewise; w_j is the mean over all rows of |weight| relative to its group's largest."""
+    rows = [row for weight in weights for row in weight]
+    magnitude = [0.0] * len(mean_abs)
+    for row in rows:
+        for columns in grids.groups_of(len(row), group_size):
+            reach = max(*(abs(row[column]) for column in columns), 1e-4)
+            for column in columns:
+                magnitude[column] += abs(row[column]) / reach / len(rows)
+    scales = [
+        max(value**ratio / (share ** (1 - ratio) + 1e-4), 1e-4)
+        for value, share in zip(mean_abs, magnitude, strict=True)
+    ]
+    centre = math.sqrt(max(scales) * min(scales))
+    return [scale / centre for scale in scales]
+
+
+def rounded(
+    weight: list[list[float]], scale: list[float], bits: int, group_size: int, convention: str = "gptq-asym"
+) -> list[list[float]]:
+    """Scaled, rounded to the grid with float32 scales, and scaled back."""
     scaled = [[value * factor for value, factor in zip(row, scale, strict=True)] for row in weight]
-    codes, scales, zeros = grids.round_to_nearest(scaled, bits, group_size, scale_dtype="float32")
+    codes, scales, zeros = grids.round_to_nearest(scaled, bits, group_size, convention, "float32")
     result = []
     for index, row in enumerate(codes):
         groups = grids.groups_of(len(row), group_size)
