@@ -22,14 +22,19 @@ BENCHMARKS = PEERS | OTHERS
 def main():
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
     parser.add_argument("names", nargs="*", help="; ".join(f"{name}: {what}" for name, what in BENCHMARKS.items()))
-    names = parser.parse_args().names or list(PEERS)
+    parser.add_argument("--seeds", type=int, nargs="+", help="calibration seeds of a comparison; three by default")
+    args = parser.parse_args()
+    names = args.names or list(PEERS)
+    chosen = {"seeds": args.seeds} if args.seeds else {}
     root = Path(__file__).resolve().parents[2]
     results = root / "outputs" / "benchmarks"
     results.mkdir(parents=True, exist_ok=True)
     for name in names:
         if name not in BENCHMARKS:
             parser.error(f"no benchmark {name!r}; there are {', '.join(BENCHMARKS)}")
-        figures = importlib.import_module(f"tests.benchmarks.bench_{name}").measure(root)
+        figures = importlib.import_module(f"tests.benchmarks.bench_{name}").measure(
+            root, **chosen if name in PEERS else {}
+        )
         (results / f"{name}.json").write_text(json.dumps(figures, indent=1))
         print(f"wrote {results / name}.json")
 

@@ -5,7 +5,7 @@ well as activations), measures losses in bfloat16, rounds scales to bfloat16 (ou
 not search for clipping. Both leave v_proj -> o_proj out, since grouped-query attention makes their shapes differ.
 """
 
-from tests.benchmarks.harness import Comparison, compare
+from tests.benchmarks.harness import SEEDS, Comparison, compare
 
 AWQ = Comparison(
     name="awq",
@@ -16,5 +16,5 @@ AWQ = Comparison(
 )
 
 
-def measure(root):
-    return compare(root, AWQ)
+def measure(root, seeds=SEEDS):
+    return compare(root, AWQ, seeds)

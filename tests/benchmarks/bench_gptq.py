@@ -4,7 +4,7 @@ Differences that are left: the peer collects a block's Hessians before it quanti
 by default) and rounds scales to bfloat16 (ours to float16, the same size).
 """
 
-from tests.benchmarks.harness import Comparison, compare
+from tests.benchmarks.harness import SEEDS, Comparison, compare
 
 GPTQ = Comparison(
     name="gptq",
@@ -16,5 +16,5 @@ GPTQ = Comparison(
 )
 
 
-def measure(root):
-    return compare(root, GPTQ)
+def measure(root, seeds=SEEDS):
+    return compare(root, GPTQ, seeds)
