@@ -16,7 +16,7 @@ from tests.benchmarks.ours import ours, ours_installed
 from tests.outliers import make_outliers
 
 WINDOWS, SEED = 32, 0
-CHANNELS, FACTOR = 6, 64
+CHANNELS, FACTOR = 16, 64
 PER_CHANNEL_W8A8 = {"weight_bits": 8, "activation_bits": 8, "convention": "sq-sym"}
 GROUPED_W4 = {"weight_bits": 4, "group_size": 64, "convention": "awq-asym"}
 SCHEMES = {
