@@ -33,8 +33,8 @@ class Needs:
         sample: about how many tokens `InputStatistics.sample_TI` holds (`ALL_TOKENS` for all); 0 is no sample.
         ranges: `InputStatistics.ranges`, of the float model.
         block: the float block with its inputs, to run it as often as the method likes (see `Method.transform`).
-        windows: on the float path, on how many calibration windows `block` and `sample` look; 0 is all. `ranges` and
-            `hessian` are always of all.
+        windows: on the float path, on about how many calibration windows `block` and `sample` look; 0 is all.
+            `ranges` and `hessian` are always of all.
     """
 
     hessian: bool = False
