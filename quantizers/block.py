@@ -45,23 +45,37 @@ def walk_block(
     output, down = block.get_submodule(family.attention_output), block.get_submodule(family.mlp_output)
     attention_inputs, attention_output, mlp_inputs, mlp_output = family.stages
 
-    yield attention_inputs, (attention_norm(batch) for batch in hidden)
+    seen: list[Tensor] = []
+    yield attention_inputs, _noted((attention_norm(batch) for batch in hidden), seen)
     with _identity(block, family.attention_output):
         mixed = [
-            attention(hidden_states=attention_norm(batch), **extra)[0]
-            for batch, extra in zip(hidden, arguments, strict=True)
+            attention(hidden_states=inputs, **extra)[0]
+            for inputs, extra in zip(_again(seen, attention_norm, hidden), arguments, strict=True)
         ]
     yield attention_output, iter(mixed)
     for index, batch in enumerate(mixed):
         hidden[index] = hidden[index] + after_attention(output(batch))
     del mixed
 
-    yield mlp_inputs, (mlp_norm(batch) for batch in hidden)
+    seen = []
+    yield mlp_inputs, _noted((mlp_norm(batch) for batch in hidden), seen)
     with _identity(block, family.mlp_output):
-        gated = [mlp(mlp_norm(batch)) for batch in hidden]
+        gated = [mlp(inputs) for inputs in _again(seen, mlp_norm, hidden)]
     yield mlp_output, iter(gated)
     for index, batch in enumerate(gated):
         hidden[index] = hidden[index] + after_mlp(down(batch))
+
+
+def _noted(batches: Iterator[Tensor], seen: list[Tensor]) -> Iterator[Tensor]:
+    for batch in batches:
+        seen.append(batch)
+        yield batch
+
+
+def _again(seen: list[Tensor], norm: nn.Module, hidden: Sequence[Tensor]) -> Iterator[Tensor]:
+    """What a stage's linears see: as it was looked at, each batch let go as it is used, or computed now."""
+    for batch in hidden:
+        yield seen.pop(0) if seen else norm(batch)
 
 
 def check_weights_finite(block: nn.Module, stage: Sequence[str], prefix: str) -> None:

@@ -10,6 +10,9 @@ from quantizers.errors import QuantizationError
 # Tried in turn, from the asked damping upwards; the rung that worked is recorded with the layer.
 DAMPING_LADDER = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
+# Columns of a triangular inverse that are solved for at once.
+_PANEL = 256
+
 
 def without_unseen(hessian_II: Tensor) -> tuple[Tensor, Tensor]:
     """Give inputs that were always zero a curvature of their own; any weight will do for them, so methods take 0.
@@ -50,12 +53,31 @@ def inverse_cholesky(hessian_II: Tensor, damping: float) -> tuple[Tensor, float]
         factor, failed = torch.linalg.cholesky_ex(damped)
         del damped
         if not failed.item():
-            # Transposed, the identity is column-major, and only then is it solved in place.
-            inverse = torch.eye(factor.shape[0], dtype=torch.float64).T
-            torch.linalg.solve_triangular(factor, inverse, upper=False, out=inverse)
+            inverse = _inverse_of_lower(factor)
             del factor
             return inverse.to(torch.float32).flip(0, 1).contiguous().to(hessian_II.device), rung
     raise QuantizationError(
         f"the Hessian is not positive definite even with damping {DAMPING_LADDER[-1]}; "
         "use more calibration data or a higher damping"
     )
+
+
+def quadratic_form(rows_OI: Tensor, symmetric_II: Tensor) -> Tensor:
+    """tr(A S A^T), from the upper triangle of S: in panels, about half the work of the full product."""
+    total = torch.zeros((), dtype=rows_OI.dtype, device=rows_OI.device)
+    for start in range(0, symmetric_II.shape[0], _PANEL):
+        stop = min(start + _PANEL, symmetric_II.shape[0])
+        panel_OP = rows_OI[:, start:stop]
+        total += ((panel_OP @ symmetric_II[start:stop, start:stop]) * panel_OP).sum()
+        total += 2 * ((panel_OP @ symmetric_II[start:stop, stop:]) * rows_OI[:, stop:]).sum()
+    return total
+
+
+def _inverse_of_lower(factor_II: Tensor) -> Tensor:
+    """Panel by panel from each panel's first row on: what stands above is zero, and half of the work would go there."""
+    # Transposed, the identity is column-major, and only then is it solved in place.
+    inverse_II = torch.eye(factor_II.shape[0], dtype=factor_II.dtype).T
+    for start in range(0, factor_II.shape[0], _PANEL):
+        panel = inverse_II[start:, start : start + _PANEL]
+        torch.linalg.solve_triangular(factor_II[start:, start:], panel, upper=False, out=panel)
+    return inverse_II

@@ -23,6 +23,7 @@ from quantizers.errors import QuantizationError
 from quantizers.families import Family, blocks_of, family_of, linear_at
 from quantizers.float_statistics import collect_float_statistics
 from quantizers.folding import fold_errors
+from quantizers.linalg import quadratic_form
 from quantizers.method import BlockTransform, FloatBlock, LinearGroup, Method
 from quantizers.progress import Progress
 from quantizers.statistics import Drift, Hessian, InputRanges, InputStatistics, TokenSample
@@ -373,7 +374,7 @@ def _relative_errors(weight: Tensor, decoded: Tensor, statistics: InputStatistic
     weight_error = _ratio(difference.square().sum(), weight.square().sum())
     hessian_II, sample_TI = statistics.hessian_II, statistics.sample_TI
     if hessian_II is not None:
-        lost, whole = ((difference @ hessian_II) * difference).sum(), ((weight @ hessian_II) * weight).sum()
+        lost, whole = quadratic_form(difference, hessian_II), quadratic_form(weight, hessian_II)
     elif sample_TI is not None:
         lost, whole = (sample_TI @ difference.T).square().sum(), (sample_TI @ weight.T).square().sum()
     else:

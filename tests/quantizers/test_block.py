@@ -46,7 +46,11 @@ def ignore(_, inputs):
         pass
 
 
-@pytest.mark.parametrize("visit", [None, ignore], ids=["without visitor", "with visitor"])
+def look_at_one(_, inputs):
+    next(inputs, None)
+
+
+@pytest.mark.parametrize("visit", [None, ignore, look_at_one], ids=["not looking", "looking", "looking at one batch"])
 def test_equals_the_forward_of_the_model(any_model, windows, visit):
     family = family_of(any_model)
     before = modules_of(any_model)

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from quantizers.errors import QuantizationError
-from quantizers.linalg import DAMPING_LADDER, inverse_cholesky
+from quantizers.linalg import DAMPING_LADDER, inverse_cholesky, quadratic_form
 
 
-@pytest.mark.parametrize("size", [1, 2, 33, 96])
+@pytest.mark.parametrize("size", [1, 2, 33, 96, 256, 300, 513])
 @pytest.mark.parametrize("damping", [0.003, 0.01, 1.0])
 def test_is_the_factor_of_the_inverse(make_problem, size, damping):
     _, hessian = make_problem(size, 1, size)
@@ -73,3 +73,17 @@ def test_matrix_that_is_not_finite_is_refused(value):
 
 def test_ladder_rises():
     assert list(DAMPING_LADDER) == sorted(set(DAMPING_LADDER))
+
+
+@pytest.mark.parametrize("size", [1, 33, 256, 257, 600])
+def test_quadratic_form_is_the_trace(make_problem, size):
+    rows, symmetric = make_problem(3, 5, size)
+    expected = torch.trace(rows.double() @ symmetric.double() @ rows.double().T)
+    torch.testing.assert_close(quadratic_form(rows, symmetric).double(), expected, rtol=1e-5, atol=0)
+
+
+def test_quadratic_form_reads_the_upper_triangle_across_panels(make_problem):
+    rows, symmetric = make_problem(4, 2, 300)
+    broken = symmetric.clone()
+    broken[256:, :256] = torch.nan
+    assert torch.equal(quadratic_form(rows, broken), quadratic_form(rows, symmetric))
