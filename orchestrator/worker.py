@@ -277,6 +277,7 @@ class Worker:
             "split": result.split,
             "protocol_split": result.protocol_split,
             "truncated": result.num_truncated,
+            "scoring": result.scoring,
             "task_version": result.version,
             "lm_eval": importlib.metadata.version("lm-eval"),
         }

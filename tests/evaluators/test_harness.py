@@ -53,6 +53,7 @@ def test_equals_hflm(name, model, tokenizer, no_network, capsys):
     assert [metric.name for metric in result.metrics] == METRICS.get(name, ["acc", "acc_norm"])
     assert all(metric.n == LIMIT and metric.higher_is_better for metric in result.metrics)
     assert (result.name, result.num_fewshot, result.num_truncated) == (name, 0, 0)
+    assert result.scoring == "token trees"
     assert result.version == ("2.0" if name == "boolq" else "1.0")
     assert result.split == TASKS[name].scored_split
     assert result.protocol_split == ("test" if name == "sciq" else result.split)

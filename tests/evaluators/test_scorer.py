@@ -76,10 +76,10 @@ def test_a_continuation_longer_than_the_model_is_refused(make_llama, tokenizer):
         Scorer(make_llama(max_position_embeddings=24), tokenizer).loglikelihood(requests([("a", " b" * 30)]))
 
 
-@pytest.mark.parametrize("token_budget", [1, 40, 10_000])
-def test_the_batch_does_not_matter(model, tokenizer, token_budget):
+@pytest.mark.parametrize("pack_tokens", [1, 40, 10_000])
+def test_the_pack_does_not_matter(model, tokenizer, pack_tokens):
     assert_same(
-        Scorer(model, tokenizer, token_budget=token_budget).loglikelihood(requests(PAIRS)),
+        Scorer(model, tokenizer, pack_tokens=pack_tokens).loglikelihood(requests(PAIRS)),
         Scorer(model, tokenizer).loglikelihood(requests(PAIRS)),
     )
 
@@ -90,30 +90,43 @@ def test_the_order_of_requests_does_not_matter_at_all(model, tokenizer):
     assert forward == backward[::-1]
 
 
-def test_equal_inputs_run_once(model, tokenizer, monkeypatch):
-    sizes = []
-    original = scorer_module.hidden_states
-    monkeypatch.setattr(
-        scorer_module, "hidden_states", lambda parts, ids: sizes.append(len(ids)) or original(parts, ids)
-    )
-    pairs = [("yes or", " no"), ("yes or", " maybe"), ("yes or", " no"), ("yes or", " no way")]
-    Scorer(model, tokenizer).loglikelihood(requests(pairs))
-    assert sum(sizes) == 2  # " no" and " maybe" are one token each after the same input
+def test_shared_tokens_run_once(model, tokenizer):
+    scorer = Scorer(model, tokenizer)
+    pairs = [("yes or", " no"), ("yes or", " maybe"), ("yes or", " no"), ("yes or", " no way"), ("yes", " or no")]
+    scorer.loglikelihood(requests(pairs))
+    yes_or_no = [tokenizer(text)["input_ids"] for text in ("yes", " or", " no")]
+    assert [len(ids) for ids in yes_or_no] == [1, 1, 1]
+    assert scorer.work.computed_tokens == scorer.work.distinct_tokens == 3  # yes, or, no
+    assert scorer.work.requested_tokens == 2 + 2 + 2 + 3 + 2
+    assert scorer.work.scored_positions == 3
+
+
+def test_a_long_shared_prefix_runs_once(model, tokenizer):
+    examples = "An example of a question and its answer.\n" * 30
+    pairs = [(f"{examples}Question {i}:", answer) for i in range(9) for answer in (" yes", " no", " not now")]
+    scorer = Scorer(model, tokenizer, pack_tokens=64)
+    ours = scorer.loglikelihood(requests(pairs))
+    assert scorer.work.computed_tokens == scorer.work.distinct_tokens < scorer.work.requested_tokens / 10
+    theirs = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=4)
+    assert_same(ours, theirs.loglikelihood(requests(pairs), disable_tqdm=True))
+
+
+def test_padded_rows_by_name_where_trees_cannot_be_trusted(model, tokenizer, monkeypatch):
+    expected = Scorer(model, tokenizer).loglikelihood(requests(PAIRS))
+    monkeypatch.setattr(scorer_module, "reason_against", lambda _: "attention with sinks")
+    scorer = Scorer(model, tokenizer, pack_tokens=40)
+    assert scorer.scoring == "padded rows (attention with sinks)"
+    assert_same(scorer.loglikelihood(requests(PAIRS)), expected)
+    assert scorer.work.computed_tokens > scorer.work.distinct_tokens
 
 
 def test_progress(model, tokenizer):
     calls = []
-    scorer = Scorer(model, tokenizer, token_budget=40, progress=lambda done, total: calls.append((done, total)))
+    scorer = Scorer(model, tokenizer, pack_tokens=40, progress=lambda done, total: calls.append((done, total)))
     scorer.loglikelihood(requests(PAIRS))
     assert [total for _, total in calls] == [8] * len(calls)  # " east" and " west" share an input, one pair repeats
     assert [done for done, _ in calls] == sorted(done for done, _ in calls)
     assert calls[-1] == (8, 8)
-
-
-def test_batches_stay_within_the_budget():
-    inputs = [(0,) * length for length in (9, 5, 5, 4, 1, 1, 1)]
-    batches = list(scorer_module._batches(inputs, 10))
-    assert [[len(tokens) for tokens in batch] for batch in batches] == [[9], [5, 5], [4, 1], [1, 1]]
 
 
 def test_other_kinds_of_requests_are_refused(model, tokenizer):
