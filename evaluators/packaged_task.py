@@ -100,16 +100,20 @@ def load_task(
     Raises:
         EvaluationError: examples are wanted from a split that is not packaged.
     """
-    root = Path(lm_eval.tasks.__file__).parent / folder
-    manager = lm_eval.tasks.TaskManager(include_defaults=False, include_path=str(root))
     overrides: dict[str, Any] = {"class": PackagedTask, "splits": splits, "scored_split": scored_split}
     if num_fewshot is not None:
         overrides["num_fewshot"] = num_fewshot
     # A group is lm-eval's public way to load a definition with another class.
     with quiet():
-        loaded = manager.load({"group": "packaged", "task": [{"task": name, **overrides}]})
+        loaded = _manager(folder).load({"group": "packaged", "task": [{"task": name, **overrides}]})
     task: PackagedTask = loaded["tasks"][name]
     return task
+
+
+@functools.cache
+def _manager(folder: str) -> lm_eval.tasks.TaskManager:
+    root = Path(lm_eval.tasks.__file__).parent / folder
+    return lm_eval.tasks.TaskManager(include_defaults=False, include_path=str(root))
 
 
 @contextlib.contextmanager

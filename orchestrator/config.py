@@ -15,7 +15,7 @@ from pydantic_core import PydanticCustomError
 
 from evaluators.corpora import Corpus
 from evaluators.errors import EvaluationError
-from evaluators.harness import check_task
+from evaluators.tasks import check_task
 from orchestrator.errors import BitatlasError
 from orchestrator.scheme import Scheme, parse_scheme
 

@@ -89,7 +89,7 @@ def outcome_rows(
                 "evaluate_seconds": outcome["seconds"],
             }
         )
-    rows["items"] = [cell | {"task": job.task} | item for item in outcome.get("items", [])]
+    rows["items"] = [cell | {"task": job.task, "subtask": None} | item for item in outcome.get("items", [])]
     rows["layers"] = [cell | layer for layer in outcome.get("layers", [])]
     return rows
 

@@ -85,7 +85,8 @@ ITEMS = Table(
     _CELL
     | {
         "task": "string",
-        "doc_id": "int64",
+        "subtask": "string",  # the task of a group (mmlu) that the document belongs to; null outside of groups
+        "doc_id": "int64",  # in a group, counted through all documents of its tasks
         "log_likelihoods": "list<float64>",  # natural log, one per choice; one per window for perplexity
         "target": "int64",  # index of the right choice
         "metric": "string",

@@ -263,6 +263,7 @@ class Worker:
         items = [
             {
                 "doc_id": item.doc_id,
+                "subtask": item.subtask,
                 "log_likelihoods": item.log_likelihoods,
                 "target": item.target,
                 "metric": name,

@@ -10,26 +10,31 @@ from lm_eval.models.huggingface import HFLM
 
 from evaluators import harness, packaged
 from evaluators.errors import EvaluationError
-from evaluators.harness import TASKS, Item, check_task, evaluate_task, task_identity
+from evaluators.harness import Item, evaluate_task, task_identity
 from evaluators.packaged_task import load_task, quiet
+from evaluators.tasks import GROUPS, TASKS, check_task
 
 LIMIT = 30
-METRICS = {"boolq": ["acc"], "winogrande": ["acc"]}
+ACCURACY_ALONE = {"boolq", "winogrande", "commonsense_qa", "copa", "rte", "social_iqa"}
+VERSIONS = {"boolq": "2.0", "commonsense_qa": "Yaml", "social_iqa": "0.0"}
+PLAIN_TASKS = [name for name in TASKS if name not in GROUPS["mmlu"]]
 
 
-def by_hflm(model, tokenizer, name, **options):
-    source = TASKS[name]
-    task = load_task(
-        name,
-        folder=source.folder,
-        splits=source.splits,
-        scored_split=source.scored_split,
-        num_fewshot=options.pop("num_fewshot", None),
-    )
-    task.set_fewshot_seed(seed=options.pop("seed", 0))
+def by_hflm(model, tokenizer, *names, num_fewshot=None, seed=0, **options):
+    tasks = {}
+    for name in names:
+        source = TASKS[name]
+        tasks[name] = load_task(
+            name,
+            folder=source.folder,
+            splits=source.splits,
+            scored_split=source.scored_split,
+            num_fewshot=num_fewshot,
+        )
+        tasks[name].set_fewshot_seed(seed=seed)
     with quiet():
         theirs = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=8)
-        return evaluate(lm=theirs, task_dict={"tasks": {name: task}}, **options)
+        return evaluate(lm=theirs, task_dict={"tasks": tasks}, **options)
 
 
 def assert_same(result, theirs):
@@ -45,16 +50,17 @@ def assert_same(result, theirs):
         assert item.correct == {metric: sample[metric] for metric in sample["metrics"]}
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", PLAIN_TASKS)
 def test_equals_hflm(name, model, tokenizer, no_network, capsys):
     result = evaluate_task(model, tokenizer, name, limit=LIMIT)
     assert capsys.readouterr() == ("", "")
     assert_same(result, by_hflm(model, tokenizer, name, limit=LIMIT))
-    assert [metric.name for metric in result.metrics] == METRICS.get(name, ["acc", "acc_norm"])
+    assert [metric.name for metric in result.metrics] == ["acc"] if name in ACCURACY_ALONE else ["acc", "acc_norm"]
     assert all(metric.n == LIMIT and metric.higher_is_better for metric in result.metrics)
     assert (result.name, result.num_fewshot, result.num_truncated) == (name, 0, 0)
     assert result.scoring == "token trees"
-    assert result.version == ("2.0" if name == "boolq" else "1.0")
+    assert result.version == VERSIONS.get(name, "1.0")
+    assert {item.subtask for item in result.items} == {None}
     assert result.split == TASKS[name].scored_split
     assert result.protocol_split == ("test" if name == "sciq" else result.split)
     # the metrics are the means of the items, and acc follows from the log-likelihoods
@@ -63,6 +69,35 @@ def test_equals_hflm(name, model, tokenizer, no_network, capsys):
     for item in result.items:
         best = item.log_likelihoods.index(max(item.log_likelihoods))
         assert item.correct["acc"] == float(best == item.target)
+
+
+def test_mmlu_with_its_five_examples_equals_hflm(monkeypatch, model, tokenizer, no_network):
+    subjects = ("mmlu_anatomy", "mmlu_virology", "mmlu_astronomy")
+    monkeypatch.setitem(GROUPS, "mmlu", subjects)
+    result = evaluate_task(model, tokenizer, "mmlu", limit=5, num_fewshot=5)
+    theirs = by_hflm(model, tokenizer, *subjects, limit=5, num_fewshot=5)
+    samples = [sample for subject in subjects for sample in theirs["samples"][subject]]
+    assert len(result.items) == len(samples) == 15
+    assert samples[0]["arguments"][0][0].count("Answer:") == 6
+    for item, sample in zip(result.items, samples, strict=True):
+        expected = [log_likelihood for log_likelihood, _ in sample["filtered_resps"]]
+        assert item.log_likelihoods == pytest.approx(expected, abs=1e-4)
+        assert (item.target, item.correct) == (sample["target"], {"acc": sample["acc"]})
+    before = {"mmlu_anatomy": 0, "mmlu_virology": 135, "mmlu_astronomy": 135 + 166}
+    assert [(item.subtask, item.doc_id) for item in result.items] == [
+        (subject, before[subject] + row) for subject in subjects for row in range(5)
+    ]
+    (metric,) = result.metrics
+    assert (metric.name, metric.n) == ("acc", 15)
+    assert metric.value == pytest.approx(sum(item.correct["acc"] for item in result.items) / 15)
+    spread = [theirs["results"][subject]["acc_stderr,none"] for subject in subjects]
+    assert metric.stderr == pytest.approx((sum(4 * 5 * stderr**2 for stderr in spread) / 12 / 15) ** 0.5)
+    assert (result.name, result.num_fewshot, result.split) == ("mmlu", 5, "test")
+
+
+def test_one_subject_of_mmlu(model, tokenizer):
+    result = evaluate_task(model, tokenizer, "mmlu_anatomy", limit=2)
+    assert [(item.doc_id, item.subtask) for item in result.items] == [(0, None), (1, None)]
 
 
 def test_examples_in_the_prompt_equal_hflm(monkeypatch, model, tokenizer):
@@ -130,6 +165,9 @@ def test_unknown_task():
         check_task("hellaswga")
     with pytest.raises(EvaluationError, match="unknown task"):
         evaluate_task(None, None, "nothing")
+    with pytest.raises(EvaluationError, match="did you mean 'mmlu_anatomy'"):
+        check_task("mmlu_anatomi")
+    check_task("mmlu")
 
 
 def test_identity():

