@@ -1,7 +1,8 @@
 """Corpora, and the token windows cut from them for calibration and perplexity.
 
-A corpus is a registered name, a text file, one field of a JSON-lines file, or token windows made elsewhere. Text is
-joined by a blank line, tokenized once and cut into consecutive windows: the recipe of GPTQ's perplexity.
+A corpus is a registered name, a published recipe with its data on the Hub (`evaluators.recipes`), a text file, one
+field of a JSON-lines file, or token windows made elsewhere. Text is joined by a blank line, tokenized once and cut
+into consecutive windows: the recipe of GPTQ's perplexity, unless a `Cut` says otherwise.
 Shape letters: W windows, S sequence length, N tokens.
 """
 
@@ -14,6 +15,20 @@ from typing import TYPE_CHECKING, Any
 
 from evaluators import packaged
 from evaluators.errors import EvaluationError, unknown_name
+from evaluators.recipes import (
+    BLANK_LINE,
+    DRAW_SEED,
+    DROP,
+    KEEP,
+    NEVER,
+    ONCE,
+    PER_WINDOW,
+    RECIPES,
+    Cut,
+    describe,
+    draw_from_documents,
+    draw_offsets,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -31,7 +46,8 @@ CORPORA: dict[str, Callable[[], tuple[str, ...]]] = {
     "drop-passages": packaged.drop_passages,
 }
 
-SEPARATOR = "\n\n"
+SEPARATOR = BLANK_LINE
+PADDING = -1  # fills up a last window that is shorter than the others
 _KEYS = ("path", "field", "token_ids")
 
 # Tokens that the end of a text may change are never handed out: a longer text would have tokenized them differently.
@@ -43,7 +59,7 @@ class Corpus:
     """Where text or token windows come from: exactly one of `name`, `path` and `token_ids`.
 
     Attributes:
-        name: a key of `CORPORA`.
+        name: a key of `CORPORA` or of `RECIPES`.
         path: a UTF-8 `.txt` file, whose documents are separated by blank lines, or a `.jsonl` file.
         field: the text field of each line of the `.jsonl` file.
         token_ids: a `.npy` file of int64 [W, S].
@@ -63,8 +79,8 @@ class Corpus:
                 "a corpus is a registered name, {path: file.txt}, {path: file.jsonl, field: text} or "
                 f"{{token_ids: file.npy}}, and exactly one of them; got {self}"
             )
-        if self.name is not None and self.name not in CORPORA:
-            raise unknown_name("corpus", self.name, CORPORA)
+        if self.name is not None and self.name not in CORPORA and self.name not in RECIPES:
+            raise unknown_name("corpus", self.name, [*CORPORA, *RECIPES])
         suffix = Path(self.path).suffix if self.path is not None else None
         if suffix not in (None, ".txt", ".jsonl"):
             raise EvaluationError(f"corpus path {self.path} must end in .txt or .jsonl, to say how it is read")
@@ -97,12 +113,51 @@ class Corpus:
         return self.name or Path(self.path or self.token_ids or "").stem
 
 
-def documents(corpus: Corpus) -> tuple[str, ...]:
-    """The documents of a text corpus, in their order.
+def cut_of(corpus: Corpus, *, bos: str = ONCE, joiner: str | None = None, tail: str = DROP) -> Cut:
+    """The cut that an evaluation asks of a corpus, checked.
+
+    Args:
+        corpus: what will be cut.
+        bos: `once`, `per_window` or `never`.
+        joiner: None for the corpus's own: its recipe's, else a blank line.
+        tail: `drop` or `keep`.
 
     Raises:
-        EvaluationError: the corpus holds token ids; its file is missing, not UTF-8, or without text.
+        EvaluationError: an unknown word, or one that means nothing for this corpus.
     """
+    for field, value, known in (("bos", bos, (ONCE, PER_WINDOW, NEVER)), ("tail", tail, (DROP, KEEP))):
+        if value not in known:
+            raise unknown_name(field, value, known)
+    if corpus.token_ids is not None:
+        given, why = bos != ONCE or joiner is not None or tail != DROP, "its windows are given as they are"
+    elif corpus.name in RECIPES and RECIPES[corpus.name].joiner is None:
+        given, why = joiner is not None or tail != DROP, "its windows are drawn from single documents"
+    else:
+        own = RECIPES[corpus.name].joiner if corpus.name in RECIPES else None
+        return Cut(bos=bos, joiner=joiner if joiner is not None else own or SEPARATOR, tail=tail)
+    if given:
+        what = "`bos`, `joiner` and `tail`" if corpus.token_ids is not None else "`joiner` and `tail`"
+        raise EvaluationError(f"{what} mean nothing for corpus {corpus.label}, because {why}: leave them out")
+    return Cut(bos=bos)
+
+
+def protocol(corpus: Corpus, cut: Cut) -> dict[str, Any]:
+    """What is to be said of windows besides their number and length; nothing for today's default of a plain corpus."""
+    return describe(corpus.name, cut)
+
+
+def documents(corpus: Corpus) -> Sequence[str]:
+    """The documents of a text corpus, in their order; of a published recipe, those that are evaluated.
+
+    Raises:
+        EvaluationError: the corpus holds token ids; its file is missing, not UTF-8, or without text; its data set can
+            be had neither from the local cache nor from the Hub.
+    """
+    if corpus.name in RECIPES:
+        recipe = RECIPES[corpus.name]
+        found = recipe.evaluation.documents()
+        # All of a data set is read lazily where single documents are drawn, and at once where they are joined.
+        return found if recipe.joiner is None else list(found[: recipe.num_documents])
     if corpus.name is not None:
         return CORPORA[corpus.name]()
     if corpus.path is None:
@@ -127,7 +182,8 @@ def calibration_windows(corpus: Corpus, tokenizer: Any, *, samples: int, sequenc
     Documents without text are left out and the rest put in the order of a stable argsort of
     `numpy.random.PCG64(seed).random_raw(len(documents))`; raw PCG64 streams never change between numpy versions. A
     smaller `samples` gives the first windows of a larger one. Windows of `token_ids` are taken as they are, in their
-    order: the seed does not apply.
+    order: the seed does not apply. A published recipe draws windows at random offsets, as its code does: of its
+    training text as a whole, or, for C4, of single documents longer than a window.
 
     Args:
         corpus: text or token windows.
@@ -149,6 +205,8 @@ def calibration_windows(corpus: Corpus, tokenizer: Any, *, samples: int, sequenc
     _check_at_least("seed", seed, 0)
     if corpus.token_ids is not None:
         windows = _given_windows(corpus, tokenizer, sequence_length)
+    elif corpus.name in RECIPES:
+        windows = _calibration_of_recipe(corpus, tokenizer, samples, sequence_length, seed)
     else:
         texts = [document for document in documents(corpus) if document.strip()]
         order = np.argsort(np.random.PCG64(seed).random_raw(len(texts)), kind="stable")
@@ -162,38 +220,106 @@ def calibration_windows(corpus: Corpus, tokenizer: Any, *, samples: int, sequenc
     return windows[:samples]
 
 
-def evaluation_windows(corpus: Corpus, tokenizer: Any, *, sequence_length: int, max_windows: int | None) -> TokenIds:
+def evaluation_windows(
+    corpus: Corpus, tokenizer: Any, *, sequence_length: int, max_windows: int | None, cut: Cut | None = None
+) -> TokenIds:
     """Token windows of the corpus in its own order, for perplexity.
 
     Args:
         corpus: text or token windows.
         tokenizer: a transformers tokenizer.
-        sequence_length: tokens per window, at least 2.
-        max_windows: how many windows at most; None takes all. The tail that fills no window is dropped.
+        sequence_length: tokens per window, a BOS of its own included; at least 2.
+        max_windows: how many windows at most; None takes all.
+        cut: made by `cut_of`; None is its default.
 
     Returns:
-        int64 [W, sequence_length], W at least 1. A default BOS token stands once, at the start.
+        int64 [W, sequence_length], W at least 1. A tail that is kept is the last row, filled up with `PADDING`; a tail
+        in which no token can be predicted is dropped.
 
     Raises:
-        EvaluationError: the corpus fills not one window, or cannot be read.
+        EvaluationError: the corpus gives not one window, or cannot be read; a BOS is asked for that the tokenizer
+            does not have.
 
     Source: Frantar et al. 2022, arXiv:2210.17323 (the perplexity recipe of its published code).
     """
+    cut = cut or cut_of(corpus)
     _check_at_least("sequence_length", sequence_length, 2)
     if max_windows is not None:
         _check_at_least("max_windows", max_windows, 1)
     if corpus.token_ids is not None:
-        windows = _given_windows(corpus, tokenizer, sequence_length)
-    else:
-        wanted = None if max_windows is None else max_windows * sequence_length
-        tokens = _tokens(documents(corpus), tokenizer, corpus, wanted=wanted)
-        windows = _cut(tokens, sequence_length)
-        if not len(windows):
-            raise EvaluationError(
-                f"corpus {corpus.label} has {len(tokens)} tokens, fewer than one window of {sequence_length}: "
-                "use a shorter sequence_length or a larger corpus"
-            )
+        return _given_windows(corpus, tokenizer, sequence_length)[:max_windows]
+    recipe = RECIPES.get(corpus.name or "")
+    if recipe is not None and recipe.max_windows is not None:
+        max_windows = min(max_windows or recipe.max_windows, recipe.max_windows)
+    starts = _window_starts(tokenizer, corpus) if cut.bos == PER_WINDOW else []
+    step = sequence_length - len(starts)
+    if recipe is not None and recipe.joiner is None and max_windows is not None:
+        texts = documents(corpus)
+        windows = _drawn(corpus, tokenizer, texts, cut.bos, count=max_windows, length=step, seed=DRAW_SEED)
+        return _with_starts(windows, starts)
+    wanted = None if max_windows is None else max_windows * step
+    tokens = _tokens(documents(corpus), tokenizer, corpus, wanted=wanted, joiner=cut.joiner, bos=cut.bos)
+    windows = _with_starts(_cut(tokens, step), starts)
+    if cut.tail == KEEP and len(starts) + len(tokens) % step >= 2 and len(tokens) % step:
+        windows = _with_tail(windows, [*starts, *tokens[len(tokens) - len(tokens) % step :]])
+    if not len(windows):
+        raise EvaluationError(
+            f"corpus {corpus.label} has {len(tokens)} tokens, fewer than one window of {sequence_length}: "
+            "use a shorter sequence_length or a larger corpus"
+        )
     return windows[:max_windows]
+
+
+def _calibration_of_recipe(corpus: Corpus, tokenizer: Any, samples: int, length: int, seed: int) -> TokenIds:
+    import numpy as np
+
+    recipe = RECIPES[corpus.name or ""]
+    texts = recipe.calibration.documents()
+    if recipe.calibrates_on_documents:
+        return _drawn(corpus, tokenizer, texts, ONCE, count=samples, length=length, seed=seed)
+    tokens = _tokens(list(texts), tokenizer, corpus, wanted=None, joiner=recipe.joiner or SEPARATOR)
+    offsets = draw_offsets(len(tokens), count=samples, length=length, seed=seed, label=corpus.label)
+    return np.stack([tokens[start : start + length] for start in offsets])
+
+
+def _drawn(
+    corpus: Corpus, tokenizer: Any, texts: Sequence[str], bos: str, *, count: int, length: int, seed: int
+) -> TokenIds:
+    """Windows of single documents; a BOS stands at the start of a document, before the offset is drawn."""
+    import numpy as np
+
+    start = _default_bos(tokenizer) if bos == ONCE else []
+
+    def encode(text: str) -> list[int]:
+        return [*start, *tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
+
+    drawn = draw_from_documents(texts, encode, count=count, length=length, seed=seed, label=corpus.label)
+    windows = np.asarray(drawn, dtype=np.int64)
+    _check_vocabulary(windows, tokenizer, corpus)
+    return windows
+
+
+def _window_starts(tokenizer: Any, corpus: Corpus) -> list[int]:
+    bos = getattr(tokenizer, "bos_token_id", None)
+    if bos is None:
+        raise EvaluationError(
+            f"bos = per_window on corpus {corpus.label}, but the tokenizer has no BOS token: use once or never"
+        )
+    return [bos]
+
+
+def _with_starts(windows: TokenIds, starts: list[int]) -> TokenIds:
+    import numpy as np
+
+    return np.concatenate([np.tile(np.asarray(starts, dtype=np.int64), (len(windows), 1)), windows], axis=1)
+
+
+def _with_tail(windows: TokenIds, tail: list[int]) -> TokenIds:
+    import numpy as np
+
+    row = np.full((1, windows.shape[1]), PADDING, dtype=np.int64)
+    row[0, : len(tail)] = tail
+    return np.concatenate([windows, row])
 
 
 def _check_at_least(name: str, value: int, least: int) -> None:
@@ -217,7 +343,15 @@ def _json_lines(path: Path, text: str, field: str) -> list[str]:
     return found
 
 
-def _tokens(texts: Sequence[str], tokenizer: Any, corpus: Corpus, *, wanted: int | None) -> TokenIds:
+def _tokens(
+    texts: Sequence[str],
+    tokenizer: Any,
+    corpus: Corpus,
+    *,
+    wanted: int | None,
+    joiner: str = SEPARATOR,
+    bos: str = ONCE,
+) -> TokenIds:
     """The first tokens of all texts joined: at least `wanted` of them (None: all), or all there are.
 
     Tokenizes a prefix of the texts that is doubled until it is long enough, and drops what its end may have changed; so
@@ -225,12 +359,12 @@ def _tokens(texts: Sequence[str], tokenizer: Any, corpus: Corpus, *, wanted: int
     """
     import numpy as np
 
-    bos = _default_bos(tokenizer)
+    start = _default_bos(tokenizer) if bos == ONCE else []
     budget = None if wanted is None else 4 * (wanted + _END_TOKENS)  # characters; text has 3 to 5 per token
     while True:
-        count = len(texts) if budget is None else _fitting(texts, budget)
-        encoded = tokenizer(SEPARATOR.join(texts[:count]), add_special_tokens=False, verbose=False)["input_ids"]
-        ids = np.asarray(bos + list(encoded), dtype=np.int64)
+        count = len(texts) if budget is None else _fitting(texts, budget, joiner)
+        encoded = tokenizer(joiner.join(texts[:count]), add_special_tokens=False, verbose=False)["input_ids"]
+        ids = np.asarray(start + list(encoded), dtype=np.int64)
         if count == len(texts):
             break
         ids = ids[: max(0, len(ids) - _END_TOKENS)]
@@ -241,11 +375,11 @@ def _tokens(texts: Sequence[str], tokenizer: Any, corpus: Corpus, *, wanted: int
     return ids
 
 
-def _fitting(texts: Sequence[str], budget: int) -> int:
+def _fitting(texts: Sequence[str], budget: int, joiner: str) -> int:
     """How many texts, from the first, it takes to hold `budget` characters; all of them if they hold fewer."""
     characters = 0
     for count, text in enumerate(texts, start=1):
-        characters += len(text) + len(SEPARATOR)
+        characters += len(text) + len(joiner)
         if characters >= budget:
             return count
     return len(texts)
