@@ -12,6 +12,8 @@ PEERS = {
 }
 # Not run unless named: they have no peer, and memory writes 16 GB.
 OTHERS = {
+    "agreement": "log-likelihoods and metrics item by item against lm-eval's HFLM",
+    "tasks": "log-likelihood tasks against lm-eval's HFLM at its best batch size: wall time, tokens, rate",
     "outliers": "what SmoothQuant and AWQ recover on a copy of the model with activation outliers",
     "profile": "where the time of GPTQ, AWQ and SmoothQuant goes, against the peak of matrix products",
     "memory": "peak memory of quantizing a synthetic 7B checkpoint block by block",
