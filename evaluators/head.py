@@ -8,11 +8,14 @@ Shape letters: B batch, T tokens, N positions, M targets, H hidden, V vocabulary
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from evaluators.errors import EvaluationError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 # Bytes of one chunk of float32 logits. Larger chunks are no faster and cost memory on a worker that shares its node.
 CHUNK_BYTES = 64 * 2**20
@@ -42,6 +45,23 @@ class SplitModel:
     embeddings: int
     max_length: int | None
     device: torch.device
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LogitChunk:
+    """The logits of consecutive positions, shown once while they are there.
+
+    Attributes:
+        start: index of the first position among all that are scored.
+        logits_NV: float32; whoever is shown them last may overwrite them.
+        normalizer_N: float32, their logsumexp.
+        best_N: int64, the most likely token (the first of equals).
+    """
+
+    start: int
+    logits_NV: torch.Tensor
+    normalizer_N: torch.Tensor
+    best_N: torch.Tensor
 
 
 def split(model: Any) -> SplitModel:
@@ -78,7 +98,12 @@ def hidden_states(model: SplitModel, ids_BT: torch.Tensor) -> torch.Tensor:
 
 
 def token_log_probabilities(
-    model: SplitModel, hidden_NH: torch.Tensor, targets_N: torch.Tensor, *, chunk_bytes: int = CHUNK_BYTES
+    model: SplitModel,
+    hidden_NH: torch.Tensor,
+    targets_N: torch.Tensor,
+    *,
+    chunk_bytes: int = CHUNK_BYTES,
+    observe: Callable[[LogitChunk], None] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probability of one target per hidden state, in float32 from logits of the model's own dtype.
 
@@ -87,12 +112,13 @@ def token_log_probabilities(
         hidden_NH: hidden states.
         targets_N: int64 token ids.
         chunk_bytes: most bytes that one chunk of float32 logits may take.
+        observe: shown every chunk of logits, in order, after its log-probabilities were taken.
 
     Returns:
         float32 [N] log-probabilities and bool [N], whether the target is the most likely token (the first of equals).
     """
     positions_N = torch.arange(len(hidden_NH))
-    return log_probabilities_at(model, hidden_NH, positions_N, targets_N, chunk_bytes=chunk_bytes)
+    return log_probabilities_at(model, hidden_NH, positions_N, targets_N, chunk_bytes=chunk_bytes, observe=observe)
 
 
 def log_probabilities_at(
@@ -102,6 +128,7 @@ def log_probabilities_at(
     targets_M: torch.Tensor,
     *,
     chunk_bytes: int = CHUNK_BYTES,
+    observe: Callable[[LogitChunk], None] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`token_log_probabilities` of any number of targets per hidden state, whose logits are computed once.
 
@@ -111,6 +138,7 @@ def log_probabilities_at(
         positions_M: int64 indices of hidden states, in ascending order.
         targets_M: int64 token ids.
         chunk_bytes: most bytes that one chunk of float32 logits may take.
+        observe: shown every chunk of logits, in order, after its log-probabilities were taken.
 
     Returns:
         float32 [M] and bool [M].
@@ -123,8 +151,11 @@ def log_probabilities_at(
         logits = _logits(model, hidden_NH[start : start + chunk]).float()
         positions = (positions_M[low:high] - start).to(logits.device)
         targets = targets_M[low:high].to(logits.device)
-        log_probabilities.append(logits[positions, targets] - logits.logsumexp(dim=1)[positions])
-        greedy.append(logits.argmax(dim=1)[positions] == targets)
+        normalizer_N, best_N = logits.logsumexp(dim=1), logits.argmax(dim=1)
+        log_probabilities.append(logits[positions, targets] - normalizer_N[positions])
+        greedy.append(best_N[positions] == targets)
+        if observe is not None:
+            observe(LogitChunk(start=start, logits_NV=logits, normalizer_N=normalizer_N, best_N=best_N))
     return torch.cat(log_probabilities), torch.cat(greedy)
 
 
