@@ -12,6 +12,8 @@ from orchestrator.atlas.rows import (
     Cell,
     CellKey,
     History,
+    ItemKey,
+    ItemScores,
     Layer,
     Measurement,
     canonical,
@@ -29,6 +31,7 @@ def assemble(
     results: Sequence[Row],
     layers: Sequence[Row] = (),
     events: Sequence[Row] = (),
+    items: Mapping[ItemKey, ItemScores] | None = None,
     *,
     default_name: str = "sweep",
 ) -> Atlas:
@@ -39,6 +42,7 @@ def assemble(
         results: rows of the results table in the order they were written.
         layers: rows of the layers table.
         events: rows of the events table.
+        items: what was scored per document, where it is known.
         default_name: the sweep's name where neither the sweep file nor a row states one.
     """
     ordered = sorted(results, key=_when)
@@ -55,6 +59,7 @@ def assemble(
         superseded=superseded,
         layers=tuple(_layers(layers)),
         history=_history(events),
+        items=items or {},
     )
 
 
@@ -100,6 +105,7 @@ def _measurement(row: Row) -> Measurement:
         status = "non_finite"
     return Measurement(
         cell=_key(row),
+        job_id=str(row.get("job_id") or ""),
         task=str(row.get("task") or ""),
         metric=str(row.get("metric") or ""),
         protocol=canonical(protocol) if protocol else "",

@@ -1,10 +1,12 @@
-"""Reads a sweep's directory: the sweep file and the Parquet parts. The only reader of files in the atlas."""
+"""Reads a sweep's directory: the sweep file and, with `load_items`, the Parquet parts. Only these two read files."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.atlas.assemble import assemble
+from orchestrator.atlas.load_items import load_items
+from orchestrator.atlas.parts import opened, parts
 from orchestrator.errors import BitatlasError
 from orchestrator.schema import EVENTS, LAYERS, RESULTS, Table
 
@@ -26,7 +28,8 @@ def load(directory: Path) -> Atlas:
     """
     config = _read_sweep_file(directory)
     results, layers, events = (_read_table(directory, table) for table in (RESULTS, LAYERS, EVENTS))
-    return assemble(config, results, layers, events, default_name=directory.resolve().name)
+    items = load_items(directory)
+    return assemble(config, results, layers, events, items, default_name=directory.resolve().name)
 
 
 def _read_sweep_file(directory: Path) -> dict[str, Any]:
@@ -50,20 +53,9 @@ def _read_sweep_file(directory: Path) -> dict[str, Any]:
 
 def _read_table(directory: Path, table: Table) -> list[dict[str, Any]]:
     """Rows of all parts in the order of their names; a column that an older part lacks is null."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     rows: list[dict[str, Any]] = []
-    for part in sorted((directory / table.name).glob("*.parquet")):
-        if part.name.startswith((".", "_")):  # still being written
-            continue
-        try:
-            with pq.ParquetFile(part) as file:
-                known = [name for name in table.columns if name in file.schema_arrow.names]
-                rows.extend(file.read(columns=known).to_pylist())
-        except (pa.ArrowException, OSError) as error:
-            reason = " ".join(str(error).split())
-            raise BitatlasError(
-                f"{part} is not a readable Parquet file ({reason}); move it away and resume the sweep"
-            ) from None
+    for part in parts(directory, table):
+        with opened(part) as file:
+            known = [name for name in table.columns if name in file.schema_arrow.names]
+            rows.extend(file.read(columns=known).to_pylist())
     return rows

@@ -6,6 +6,9 @@ from typing import TYPE_CHECKING
 
 from orchestrator.atlas import labels
 from orchestrator.atlas.advice import deployments
+from orchestrator.atlas.against_texts import NOTE as AGAINST_NOTE
+from orchestrator.atlas.against_texts import TITLE as AGAINST_TITLE
+from orchestrator.atlas.against_texts import against_lines
 from orchestrator.atlas.provenance import census_text, protocol_lines, provenance_lines
 from orchestrator.atlas.seeds import NOTE, seed_rows
 from orchestrator.atlas.tables import Entry, ModelMap, State
@@ -63,7 +66,17 @@ def _model(model_map: ModelMap) -> list[str]:
             squares = [_square(model_map, column, model_map.entry(cell, column)) if cell else "" for cell in cells]
             rows.append([escape(variant.label), *squares])
         lines += table(header, rows)
-    return lines + _seeds(model_map) + _cells(model_map)
+    return lines + _against(model_map) + _seeds(model_map) + _cells(model_map)
+
+
+def _against(model_map: ModelMap) -> list[str]:
+    tables = against_lines(model_map)
+    lines = [f"### {AGAINST_TITLE}", ""] if tables else []
+    for found in tables:
+        rows = [[escape(line.label), *map(escape, line.texts)] for line in found.lines]
+        lines += [f"#### {escape(found.title)}", "", *table(["cell", *found.headings], rows)]
+        lines += [f"- {escape(problem)}" for problem in found.problems] + ([""] if found.problems else [])
+    return [*lines, AGAINST_NOTE, ""] if tables else []
 
 
 def _seeds(model_map: ModelMap) -> list[str]:

@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.atlas import labels
 from orchestrator.atlas.advice import deployments
+from orchestrator.atlas.against_texts import NOTE as AGAINST_NOTE
+from orchestrator.atlas.against_texts import TITLE as AGAINST_TITLE
+from orchestrator.atlas.against_texts import against_lines
 from orchestrator.atlas.figures import CURVE_AXES, curves, describe, method_colours, trade_off, unplaced
 from orchestrator.atlas.layer_figures import layer_figures
 from orchestrator.atlas.provenance import census_text, protocol_lines, provenance_lines
@@ -72,6 +75,8 @@ def render_page(atlas: Atlas, maps: Sequence[ModelMap], *, made_at: datetime) ->
         plotly=Markup(scripts[0]),
         script=Markup(scripts[1]),
         seed_note=SEED_NOTE,
+        against_title=AGAINST_TITLE,
+        against_note=AGAINST_NOTE,
         figures=Markup(_json_for_script([_figures(atlas, model_map, colours) for model_map in maps])),
     )
 
@@ -120,6 +125,7 @@ def _model(model_map: ModelMap) -> dict[str, Any]:
         ],
         "bits": [labels.bits_header(bits) for bits in model_map.weight_bits],
         "has_variants": bool(model_map.variants),
+        "against": against_lines(model_map),
         "seeds": seed_rows(model_map),
         "cells": [_cell(model_map, cell) for cell in model_map.cells],
     }

@@ -10,8 +10,13 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from datetime import datetime
 
+    import numpy as np
+    import numpy.typing as npt
+
 CellKey: TypeAlias = tuple[str, str]
 """(model, cell_id)."""
+ItemKey: TypeAlias = tuple[str, str, str, str, str]
+"""(model, cell_id, job_id, task, metric of the items)."""
 
 FP = "fp"
 QUANTIZE_TASK = "quantize"
@@ -51,6 +56,7 @@ class Measurement:
     """One row of the results table, whether it holds a number, a non-finite one or a failure."""
 
     cell: CellKey
+    job_id: str
     task: str
     metric: str
     protocol: str  # canonical JSON; "" where the row has none
@@ -87,6 +93,16 @@ class Layer:
     output_error: float | None
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ItemScores:
+    """What a job scored on each document of a task by one metric; N documents, each once."""
+
+    doc_ids_N: npt.NDArray[np.int64]
+    values_N: npt.NDArray[np.float64]
+    choices_N: npt.NDArray[np.int64]  # how many log-likelihoods it has
+    answered_N: npt.NDArray[np.bool_]  # whether none of them is nan
+
+
 @dataclass(frozen=True, kw_only=True)
 class History:
     """What the events table says of the sweep's sessions."""
@@ -112,6 +128,7 @@ class Atlas:
     superseded: int  # failed rows whose work was done by a later attempt
     layers: tuple[Layer, ...]
     history: History
+    items: Mapping[ItemKey, ItemScores]
 
 
 def canonical(value: object) -> str:

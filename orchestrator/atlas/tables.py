@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,8 @@ from orchestrator.atlas.rows import QUANTIZE_TASK, Atlas, Cell, CellKey, Measure
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
+
+    from orchestrator.atlas.against_fp import AgainstFp
 
 PERPLEXITY = "perplexity"
 HEAT_LEVELS = 10
@@ -57,6 +59,7 @@ class Entry:
     difference: str = ""  # the same for people
     best: bool = False  # nothing quantized scores better with as many or fewer weight bits
     error: str = ""
+    job_id: str = ""  # whose items belong to this square
 
     @property
     def heat(self) -> int | None:
@@ -100,6 +103,7 @@ class ModelMap:
     reference: Cell | None
     entries: dict[tuple[CellKey, Column], Entry]
     failures: tuple[Failure, ...]
+    against: tuple[AgainstFp, ...] = ()  # columns whose documents are known, every cell against fp
 
     def entry(self, cell: Cell, column: Column) -> Entry:
         """The square of a cell and a column."""
@@ -134,7 +138,10 @@ def heat_level(change: float) -> int:
 
 def model_maps(atlas: Atlas) -> list[ModelMap]:
     """One map per model, in the order of the sweep file."""
-    return [_model_map(atlas, model) for model in atlas.models]
+    from orchestrator.atlas.against_fp import against_fp  # it speaks of the map
+
+    maps = [_model_map(atlas, model) for model in atlas.models]
+    return [replace(found, against=tuple(against_fp(found, atlas.items))) for found in maps]
 
 
 def _model_map(atlas: Atlas, model: str) -> ModelMap:
@@ -294,10 +301,11 @@ def _entry(
             change=_change(row.value, fp_value, column) if compared else None,
             difference=labels.difference(row.value, fp_value, percent=percent) if compared and fp_value else "",
             best=best,
+            job_id=row.job_id,
         )
     if row.status in ("ok", "non_finite"):
         text = labels.NON_FINITE if row.status == "non_finite" else "no value recorded"
-        return Entry(state=State.NON_FINITE, text=text, n=row.n, error=labels.plain(row.error))
+        return Entry(state=State.NON_FINITE, text=text, n=row.n, error=labels.plain(row.error), job_id=row.job_id)
     return Entry(state=State.FAILED, text=labels.plain(row.status.replace("_", " ")), error=labels.plain(row.error))
 
 

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from textwrap import fill
+from typing import TYPE_CHECKING, TypeAlias
 
 from rich.box import SIMPLE_HEAD
+from rich.cells import cell_len
 from rich.table import Table
 from rich.text import Text
 
 from orchestrator.atlas import labels
 from orchestrator.atlas.advice import deployments
+from orchestrator.atlas.against_fp import Verdict
+from orchestrator.atlas.against_texts import NOTE as AGAINST_NOTE
+from orchestrator.atlas.against_texts import TITLE as AGAINST_TITLE
+from orchestrator.atlas.against_texts import against_lines
 from orchestrator.atlas.provenance import census_text, protocol_lines, provenance_lines
 from orchestrator.atlas.seeds import seed_rows
 from orchestrator.atlas.tables import HEAT_LEVELS, Entry, ModelMap, State
@@ -19,14 +26,20 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
+    from orchestrator.atlas.against_texts import Line
     from orchestrator.atlas.rows import Atlas, Cell
     from orchestrator.atlas.tables import Column
 
 MAPS_SHOWN = 8  # more columns than this have their own maps in atlas.html only
 _SQUARE_WIDTH = 12
 _LABEL_WIDTH = 22
+_READING_WIDTH = 24
 _STATE_STYLES = {State.NON_FINITE: "magenta", State.FAILED: "bold red", State.PENDING: "dim"}
+_VERDICT_STYLES = {Verdict.LOSS: "red", Verdict.GAIN: "green", Verdict.LOSSLESS: "bold green"}
 _ERRORS_SHOWN = 20
+
+# Headings and, for every row, a text.
+_Columns: TypeAlias = "Sequence[tuple[str, list[Text]]]"
 
 
 def print_atlas(atlas: Atlas, maps: Sequence[ModelMap], console: Console) -> None:
@@ -59,9 +72,40 @@ def _print_model(model_map: ModelMap, console: Console) -> None:
         if len(shown) < len(model_map.columns):
             rest = labels.counted(len(model_map.columns) - len(shown), "further map")
             console.print(Text(f"{rest} in atlas.html; every value is below.", style="dim"))
+    _print_against(model_map, console)
     _print_seeds(model_map, console)
     for table in _cell_tables(model_map, console.width):
         console.print(table)
+
+
+def _print_against(model_map: ModelMap, console: Console) -> None:
+    tables = against_lines(model_map)
+    shown = tables if len(tables) <= MAPS_SHOWN else []
+    for lines in shown:
+        cells = [_Row(line.label, line.is_fp) for line in lines.lines]
+        groups = [[(name, _against_texts(lines.lines, index))] for index, name in enumerate(lines.headings)]
+        title = Text(f"{AGAINST_TITLE}: {lines.title}", style="bold")
+        for table in _grouped_tables(cells, groups, console.width):
+            table.title, title = title, Text(f"{title.plain}, continued", style="dim")
+            console.print(table)
+        for problem in lines.problems:
+            console.print(Text(problem, style="red"))
+    if shown:
+        console.print(Text(AGAINST_NOTE, style="dim"))
+    elif tables:
+        console.print(Text(f"{AGAINST_TITLE}: {labels.counted(len(tables), 'table')} in atlas.html and atlas.md."))
+
+
+def _against_texts(lines: Sequence[Line], index: int) -> list[Text]:
+    """One column; the last one, the reading, has its colour, and is wrapped so that it leaves room for numbers."""
+    texts = []
+    for line in lines:
+        if index < len(line.texts) - 1:
+            texts.append(Text(line.texts[index]))
+        else:
+            style = "magenta" if line.at_chance else _VERDICT_STYLES.get(line.verdict, "")
+            texts.append(Text(fill(line.texts[index], _READING_WIDTH), style=style))
+    return texts
 
 
 def _print_seeds(model_map: ModelMap, console: Console) -> None:
@@ -135,42 +179,54 @@ def _legend() -> Text:
     return legend
 
 
+@dataclass(frozen=True)
+class _Row:
+    """A row of a table of cells."""
+
+    label: str
+    is_fp: bool
+
+
 def _cell_tables(model_map: ModelMap, width: int) -> Iterator[Table]:
+    """All cells with costs and values."""
+    rows = [_Row(model_map.cell_labels[cell.key], cell.is_fp) for cell in model_map.cells]
+    groups = [_costs(model_map.cells), *(_values(model_map, column) for column in model_map.columns)]
+    return _grouped_tables(rows, groups, width)
+
+
+def _grouped_tables(rows: Sequence[_Row], groups: Sequence[_Columns], width: int) -> Iterator[Table]:
     """Cells as rows: everything in one table where it fits, else a table per group of columns."""
-    groups = [_costs(model_map.cells)]
-    groups += [_values(model_map, column) for column in model_map.columns]
-    label_width = max((len(label) for label in model_map.cell_labels.values()), default=4)
+    label_width = max((len(row.label) for row in rows), default=4)
     label_width = min(label_width, max(_LABEL_WIDTH, width // 3))
     pending = list(groups)
     while pending:
-        taken: list[list[tuple[str, list[Text]]]] = [pending.pop(0)]
+        taken = [pending.pop(0)]
         room = width - label_width - 3 - sum(_group_width(group) for group in taken)
         while pending and _group_width(pending[0]) <= room:
             room -= _group_width(pending[0])
             taken.append(pending.pop(0))
-        yield _cell_table(model_map, [column for group in taken for column in group], label_width)
+        yield _cell_table(rows, [column for group in taken for column in group], label_width)
 
 
-def _cell_table(model_map: ModelMap, columns: Sequence[tuple[str, list[Text]]], label_width: int) -> Table:
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+def _cell_table(rows: Sequence[_Row], columns: _Columns, label_width: int) -> Table:
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, title_justify="left", title_style="")
     table.add_column("cell", max_width=label_width)
     for header, _ in columns:
         table.add_column(header, justify="right")
-    for index, cell in enumerate(model_map.cells):
-        style = "bold" if cell.is_fp else ""
-        label = Text(model_map.cell_labels[cell.key], style=style)
-        table.add_row(label, *(texts[index] for _, texts in columns), end_section=cell.is_fp)
+    for index, row in enumerate(rows):
+        label = Text(row.label, style="bold" if row.is_fp else "")
+        table.add_row(label, *(texts[index] for _, texts in columns), end_section=row.is_fp)
     return table
 
 
-def _group_width(group: Sequence[tuple[str, list[Text]]]) -> int:
+def _group_width(group: _Columns) -> int:
     return sum(
-        2 + max([len(line) for line in header.split("\n")] + [text.cell_len for text in texts])
+        3 + max(cell_len(line) for text in [header, *(text.plain for text in texts)] for line in text.split("\n"))
         for header, texts in group
     )
 
 
-def _costs(cells: Sequence[Cell]) -> list[tuple[str, list[Text]]]:
+def _costs(cells: Sequence[Cell]) -> _Columns:
     return [
         ("bits/\nweight", [Text(labels.bits(cell.decoder_bits_per_weight)) for cell in cells]),
         ("size\nMB", [Text(labels.megabytes(cell.checkpoint_bytes)) for cell in cells]),
@@ -178,7 +234,7 @@ def _costs(cells: Sequence[Cell]) -> list[tuple[str, list[Text]]]:
     ]
 
 
-def _values(model_map: ModelMap, column: Column) -> list[tuple[str, list[Text]]]:
+def _values(model_map: ModelMap, column: Column) -> _Columns:
     texts = []
     for cell in model_map.cells:
         entry = model_map.entry(cell, column)

