@@ -146,7 +146,14 @@ def quality(value: float, stderr: float | None, *, percent: bool) -> str:
     """A value of a column, with its standard error where one is known."""
     if percent:
         return f"{100 * value:.1f}" + (f" ±{100 * stderr:.1f}" if stderr is not None else "")
-    return number(value) + (f" ±{number(stderr)}" if stderr is not None else "")
+    return number(value) + (f" ±{_error(value, stderr)}" if stderr is not None else "")
+
+
+def _error(value: float, stderr: float) -> str:
+    """With the decimals of its value, unless nothing would be left of it."""
+    text = number(value)
+    rounded = f"{stderr:,.{len(text.partition('.')[2])}f}"
+    return number(stderr) if "e" in text or float(rounded.replace(",", "")) == 0 else rounded
 
 
 def difference(value: float, reference: float, *, percent: bool) -> str:

@@ -37,6 +37,23 @@ def test_difference(value: float, reference: float, percent: bool, text: str) ->
     assert labels.difference(value, reference, percent=percent) == text
 
 
+@pytest.mark.parametrize(
+    ("value", "stderr", "text"),
+    [
+        (22.614, 0.2371, "22.61 ±0.24"),
+        (22.614, 0.0003, "22.61 ±3.0e-04"),
+        (22.614, 0.0, "22.61 ±0"),
+        (684.31, 6.77, "684.3 ±6.8"),
+        (8955.2, 1234.5, "8,955 ±1,234"),
+        (202452.0, 31234.0, "2.0e5 ±31,234"),
+        (0.0123, 0.00456, "0.0123 ±0.0046"),
+        (22.614, None, "22.61"),
+    ],
+)
+def test_an_error_has_the_decimals_of_its_value(value: float, stderr: float | None, text: str) -> None:
+    assert labels.quality(value, stderr, percent=False) == text
+
+
 def test_plain_takes_away_what_moves_a_cursor() -> None:
     assert labels.plain("a\x1b[2J\r\nb\tc") == "a [2J b c"
 

@@ -26,7 +26,7 @@ def test_cells_that_differ_in_the_seed_alone_are_one_row() -> None:
     assert found.label == "gptq w4 g64"
     assert found.seeds == "0, 1, 2"
     mean, deviation = statistics.fmean(values), statistics.stdev(values)
-    assert found.scores == (f"{mean:.2f} ±{deviation:.4f} (+8.5%)",)
+    assert found.scores == (f"{mean:.2f} ±{deviation:.2f} (+8.5%)",)
 
 
 def test_another_recipe_is_another_row_and_one_seed_is_none() -> None:
