@@ -1,4 +1,4 @@
-"""Multiple-choice tasks through lm-eval's own definitions: its prompts, filters, metrics and standard errors.
+"""Tasks through lm-eval's own definitions: its prompts, filters, metrics and standard errors.
 
 Only the data (see `evaluators.tasks`) and the log-likelihoods (see `evaluators.scorer`) are ours; torch and lm_eval are
 imported when a task is evaluated.
@@ -15,9 +15,11 @@ from evaluators.errors import EvaluationError
 from evaluators.tasks import GROUPS, TASKS, check_task, subtasks_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
+    from evaluators.generation import Generated
     from evaluators.packaged_task import PackagedTask
+    from evaluators.scorer import Scorer
 
 # Part of every task's identity: raise it when `scorer`, what it runs on or `head` changes so that a score may differ in
 # its last bits.
@@ -50,16 +52,24 @@ class Item:
     Attributes:
         doc_id: row of the scored split, from 0; in a group, counted through all rows of all its tasks in their order.
         subtask: the task of a group that the document belongs to; None outside of groups.
-        log_likelihoods: nats, one per choice.
-        target: index of the right choice.
+        log_likelihoods: nats, one per choice; empty where a text was generated.
+        target: index of the right choice; None where a text was generated.
         correct: per metric, the item's score (0.0 or 1.0 for accuracies).
+        answer: the generated text, cut before its first stop string; None where choices were scored.
+        answer_tokens: tokens generated.
+        is_cut: whether the text was cut at its longest allowed length.
+        is_loop: whether it ends in a loop, as quantized models' texts do.
     """
 
     doc_id: int
     subtask: str | None
     log_likelihoods: list[float]
-    target: int
+    target: int | None
     correct: dict[str, float]
+    answer: str | None = None
+    answer_tokens: int | None = None
+    is_cut: bool | None = None
+    is_loop: bool | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,8 +162,8 @@ def evaluate_task(
         limit: score the first `limit` documents of the split (lm-eval's meaning: no sampling, and of each task of a
             group); None scores all.
         num_fewshot: examples in the prompt; None is the task's own default.
-        seed: of the choice of examples; without examples nothing is random.
-        progress: called with distinct inputs done and their number after every forward pass.
+        seed: of the choice of examples, and of what is drawn where a task draws.
+        progress: called with distinct inputs (or texts) done and their number.
 
     Raises:
         EvaluationError: no such task, a limit below 1, examples from a split that is not packaged, or a model that
@@ -173,9 +183,11 @@ def evaluate_task(
     tasks = {subtask: _load(subtask, num_fewshot) for subtask in names}
     for task in tasks.values():
         task.set_fewshot_seed(seed=seed)
-    scorer = Scorer(model, tokenizer, progress=progress)
+    scorer = Scorer(model, tokenizer, seed=seed, progress=progress)
     found = evaluate(lm=scorer, task_dict={"tasks": tasks}, limit=limit)
     first = tasks[names[0]]
+    items = [item for subtask in _items_by_task(name, tasks, found["samples"], scorer) for item in subtask]
+    metrics = _group_metrics([_metrics(found, subtask) for subtask in names])
     return TaskResult(
         name=name,
         version=str(found["versions"][names[0]]),
@@ -184,31 +196,33 @@ def evaluate_task(
         protocol_split=first.protocol_split,
         num_truncated=scorer.num_truncated,
         scoring=scorer.scoring,
-        metrics=_group_metrics(
-            [
-                _metrics(found["results"][subtask], found["higher_is_better"][subtask], len(found["samples"][subtask]))
-                for subtask in names
-            ]
-        ),
-        items=_items(name, tasks, found["samples"]),
+        metrics=metrics + _text_metrics(items),
+        items=items,
     )
 
 
-def _metrics(results: dict[str, Any], higher_is_better: dict[str, bool], n: int) -> list[Metric]:
-    """lm-eval's flat results, "acc,none" and "acc_stderr,none", as metrics."""
+def _metrics(found: dict[str, Any], task: str) -> list[Metric]:
+    """lm-eval's flat results of a task, "acc,none" and "exact_match,strict-match", as metrics."""
     metrics = []
-    for name, better in higher_is_better.items():
-        stderr = results[f"{name}_stderr,none"]
-        metrics.append(
-            Metric(
-                name=name,
-                value=float(results[f"{name},none"]),
-                stderr=None if stderr == "N/A" else float(stderr),
-                n=n,
-                higher_is_better=better,
+    samples = found["samples"][task]
+    for metric, better in found["higher_is_better"][task].items():
+        for key in dict.fromkeys(sample["filter"] for sample in samples):
+            stderr = found["results"][task][f"{metric}_stderr,{key}"]
+            metrics.append(
+                Metric(
+                    name=_metric_name(metric, key),
+                    value=float(found["results"][task][f"{metric},{key}"]),
+                    stderr=None if stderr == "N/A" else float(stderr),
+                    n=sum(sample["filter"] == key for sample in samples),
+                    higher_is_better=better,
+                )
             )
-        )
     return metrics
+
+
+def _metric_name(metric: str, answer_filter: str) -> str:
+    """lm-eval's own name, with the filter that took the answer out of the text where there are several."""
+    return metric if answer_filter == "none" else f"{metric},{answer_filter}"
 
 
 def _group_metrics(by_task: Sequence[Sequence[Metric]]) -> list[Metric]:
@@ -232,23 +246,64 @@ def _group_metrics(by_task: Sequence[Sequence[Metric]]) -> list[Metric]:
     return metrics
 
 
-def _items(name: str, tasks: dict[str, PackagedTask], samples: dict[str, list[dict[str, Any]]]) -> list[Item]:
-    items, before = [], 0
+def _text_metrics(items: Sequence[Item]) -> list[Metric]:
+    """How many generated texts were cut at their longest length, and how many end in a loop."""
+    rates = {"cut_rate": [item.is_cut for item in items], "loop_rate": [item.is_loop for item in items]}
+    metrics = []
+    for name, flags in rates.items():
+        if not flags or None in flags:
+            continue
+        n, rate = len(flags), sum(map(bool, flags)) / len(flags)
+        stderr = (rate * (1 - rate) / (n - 1)) ** 0.5 if n > 1 else None
+        metrics.append(Metric(name=name, value=rate, stderr=stderr, n=n, higher_is_better=False))
+    return metrics
+
+
+def _items_by_task(
+    name: str, tasks: dict[str, PackagedTask], samples: dict[str, list[dict[str, Any]]], scorer: Scorer
+) -> Iterator[list[Item]]:
+    before = 0
     for subtask, task in tasks.items():
-        items += [_item(task, sample, before, subtask if name in GROUPS else None) for sample in samples[subtask]]
+        by_document: dict[int, list[dict[str, Any]]] = {}
+        for sample in samples[subtask]:  # one per document and filter
+            by_document.setdefault(int(sample["doc_id"]), []).append(sample)
+        group = subtask if name in GROUPS else None
+        yield [
+            _item(task, same, before + doc_id, group, scorer.generated.get((subtask, doc_id)))
+            for doc_id, same in by_document.items()
+        ]
         before += len(task.eval_docs)
-    return items
 
 
-def _item(task: Any, sample: dict[str, Any], before: int, subtask: str | None) -> Item:
+def _item(
+    task: Any, samples: list[dict[str, Any]], doc_id: int, subtask: str | None, texts: list[Generated] | None
+) -> Item:
+    """One document's item from lm-eval's samples of it, one per filter."""
+    sample = samples[0]
+    correct = {
+        _metric_name(metric, same["filter"]): float(same[metric]) for same in samples for metric in same["metrics"]
+    }
+    if texts is not None:
+        text = texts[0]
+        return Item(
+            doc_id=doc_id,
+            subtask=subtask,
+            log_likelihoods=[],
+            target=None,
+            correct=correct,
+            answer=text.text,
+            answer_tokens=len(text.tokens),
+            is_cut=text.ended_by == "length",
+            is_loop=text.is_loop,
+        )
     # Where the choices are different contexts (WinoGrande), lm-eval keeps the right one's index in doc_to_text.
     target = task.doc_to_text(sample["doc"]) if task.multiple_input else sample["target"]
     if isinstance(target, str) and not target.isdecimal():  # the right choice itself
         target = task.doc_to_choice(sample["doc"]).index(target)
     return Item(
-        doc_id=before + int(sample["doc_id"]),
+        doc_id=doc_id,
         subtask=subtask,
         log_likelihoods=[float(log_likelihood) for log_likelihood, _ in sample["filtered_resps"]],
         target=int(target),
-        correct={metric: float(sample[metric]) for metric in sample["metrics"]},
+        correct=correct,
     )

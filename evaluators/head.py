@@ -148,7 +148,7 @@ def log_probabilities_at(
     starts = torch.arange(0, len(hidden_NH), chunk)
     bounds = [*torch.searchsorted(positions_M.cpu(), starts).tolist(), len(positions_M)]
     for start, low, high in zip(starts.tolist(), bounds, bounds[1:], strict=False):
-        logits = _logits(model, hidden_NH[start : start + chunk]).float()
+        logits = logits_of(model, hidden_NH[start : start + chunk]).float()
         positions = (positions_M[low:high] - start).to(logits.device)
         targets = targets_M[low:high].to(logits.device)
         normalizer_N, best_N = logits.logsumexp(dim=1), logits.argmax(dim=1)
@@ -159,7 +159,8 @@ def log_probabilities_at(
     return torch.cat(log_probabilities), torch.cat(greedy)
 
 
-def _logits(model: SplitModel, hidden: torch.Tensor) -> torch.Tensor:
+def logits_of(model: SplitModel, hidden: torch.Tensor) -> torch.Tensor:
+    """Logits [..., V] in the model's dtype; the caller keeps the number of positions small."""
     logits: torch.Tensor = model.output(hidden)
     if model.softcap is not None:
         logits = model.softcap * torch.tanh(logits / model.softcap)
@@ -170,7 +171,7 @@ def _logits(model: SplitModel, hidden: torch.Tensor) -> torch.Tensor:
 def _check(model: Any, parts: SplitModel) -> None:
     ids = torch.arange(min(_CHECKED_TOKENS, parts.embeddings), device=parts.device)[None]
     whole = model(input_ids=ids, use_cache=False).logits.float()
-    ours = _logits(parts, hidden_states(parts, ids)).float()
+    ours = logits_of(parts, hidden_states(parts, ids)).float()
     if whole.shape != ours.shape:
         raise EvaluationError(
             f"{type(model).__name__} gives logits {list(whole.shape)}, its head {list(ours.shape)}: not supported yet"

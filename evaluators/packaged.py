@@ -233,6 +233,15 @@ def boolq_validation() -> Dataset:
     return datasets.Dataset.from_list(rows, features=features)
 
 
+@functools.cache
+def gsm8k_test() -> Dataset:
+    """1319 rows with question and answer, the answer's working and "#### " before the number."""
+    import datasets
+
+    rows = [{key: document[key] for key in ("question", "answer")} for document in _documents("gsm8k/gold_bpb_5shot")]
+    return datasets.Dataset.from_list(rows)
+
+
 # Texts for calibration and perplexity.
 
 

@@ -1,4 +1,4 @@
-"""Log-likelihoods of continuations for lm-eval's tasks, with the meaning of its own HFLM and less work.
+"""Log-likelihoods and texts for lm-eval's tasks, with the meaning of its own HFLM and less work.
 
 What is saved: each distinct prefix is computed once (`prefix_tree`), nothing is padded, the head runs only where a
 continuation is scored. What is equal: tokenization, split, truncation and BOS, so scores agree with HFLM within float
@@ -8,6 +8,7 @@ Shape letters: T tokens of a pack, M targets, H hidden.
 
 from __future__ import annotations
 
+import json
 import math
 from collections import defaultdict
 from dataclasses import dataclass
@@ -16,7 +17,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lm_eval.api.model import TemplateLM
 
+from evaluators.decoding import Decoding, decoding_of
 from evaluators.errors import EvaluationError
+from evaluators.generation import Generated, Generator
 from evaluators.head import log_probabilities_at, split
 from evaluators.padded_rows import RowRunner, row_packs_of, rows_of
 from evaluators.prefix_tree import Segment, num_distinct_tokens, packs_of, segments_of
@@ -72,6 +75,7 @@ class Scorer(TemplateLM):  # type: ignore[misc]  # lm_eval is untyped
         num_truncated: requests so far whose context was cut on the left to fit the model.
         scoring: "token trees", or "padded rows" with the reason why trees cannot be trusted with this model.
         work: what has been computed so far.
+        generated: what was generated for each (task, document), in the order of its requests.
     """
 
     def __init__(
@@ -80,6 +84,7 @@ class Scorer(TemplateLM):  # type: ignore[misc]  # lm_eval is untyped
         tokenizer: Any,
         *,
         pack_tokens: int = PACK_TOKENS,
+        seed: int = 0,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         """Take a model in evaluation mode and its tokenizer.
@@ -88,7 +93,8 @@ class Scorer(TemplateLM):  # type: ignore[misc]  # lm_eval is untyped
             model: a transformers causal language model.
             tokenizer: its tokenizer.
             pack_tokens: most tokens of one forward pass; a longer segment runs alone.
-            progress: called with distinct inputs done and their number after every forward pass.
+            seed: of what is drawn when texts are generated.
+            progress: called with distinct inputs (or texts) done and their number.
 
         Raises:
             EvaluationError: the model cannot be split into decoder and head, or the tokenizer has neither BOS nor EOS.
@@ -102,6 +108,9 @@ class Scorer(TemplateLM):  # type: ignore[misc]  # lm_eval is untyped
         against = reason_against(self._model)
         self.scoring = "token trees" if against is None else f"padded rows ({against})"
         self.work = Work()
+        self.generated: dict[tuple[str | None, int | None], list[Generated]] = defaultdict(list)
+        self._seed = seed
+        self._end_tokens = _end_tokens(model, tokenizer)
         self._progress = progress
         prefix = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         if prefix is None:
@@ -135,9 +144,49 @@ class Scorer(TemplateLM):  # type: ignore[misc]  # lm_eval is untyped
         """Refused: no supported task needs it."""
         raise EvaluationError("rolling log-likelihood tasks are not supported yet: use evaluators.perplexity")
 
-    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """Refused: generation is not supported yet."""
-        raise EvaluationError("tasks that generate text are not supported yet: choose a multiple-choice task")
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
+        """The continuation of each request's context, by its own generation arguments.
+
+        Raises:
+            EvaluationError: an argument that is not known, more new tokens than the model's context, or a model that
+                texts cannot be generated with.
+        """
+        del disable_tqdm
+        texts: dict[int, Generated] = {}
+        generator = Generator(self._model, self.tokenizer, self._end_tokens)
+        groups: dict[str, list[int]] = defaultdict(list)
+        for index, request in enumerate(requests):
+            groups[json.dumps(request.args[1], sort_keys=True)].append(index)
+        for arguments, indices in groups.items():
+            decoding = decoding_of(json.loads(arguments), seed=self._seed)
+            contexts = [self._context(requests[index].args[0], decoding) for index in indices]
+            found = generator.generate(
+                contexts,
+                decoding,
+                pack_tokens=self._pack_tokens,
+                progress=self._progress_after(len(texts), len(requests)),
+            )
+            texts |= dict(zip(indices, found, strict=True))
+        for index, request in enumerate(requests):
+            self.generated[request.task_name, request.doc_id].append(texts[index])
+        return [texts[index].text for index in range(len(requests))]
+
+    def _progress_after(self, before: int, total: int) -> Callable[[int, int], None] | None:
+        progress = self._progress
+        return None if progress is None else lambda done, _: progress(before + done, total)
+
+    def _context(self, text: str, decoding: Decoding) -> Tokens:
+        """The tokens of a context, cut on the left so that its continuation fits the model."""
+        longest = self._max_length - decoding.max_new_tokens
+        if longest < 1:
+            raise EvaluationError(
+                f"max_gen_toks = {decoding.max_new_tokens} leaves no room for a prompt in the model's context of "
+                f"{self._max_length} tokens: ask for fewer"
+            )
+        tokens = self.tok_encode(text) or [self._prefix_token_id]
+        if len(tokens) > longest:
+            self.num_truncated += 1
+        return tuple(tokens[-longest:])
 
     @torch.inference_mode()
     def _loglikelihood_tokens(self, requests: list[Encoded], **_: Any) -> list[tuple[float, bool]]:
@@ -190,6 +239,13 @@ class Scorer(TemplateLM):  # type: ignore[misc]  # lm_eval is untyped
         if len(tokens) > self._max_length + 1:
             self.num_truncated += 1
         return _Scored(tuple(tokens[-(self._max_length + 1) :][:-1]), tuple(continuation))
+
+
+def _end_tokens(model: Any, tokenizer: Any) -> set[int]:
+    """Every token that ends a text by the model's generation settings or by its tokenizer."""
+    settings = getattr(model, "generation_config", None)
+    ends = [getattr(settings, "eos_token_id", None), tokenizer.eos_token_id]
+    return {int(token) for end in ends if end is not None for token in (end if isinstance(end, list) else [end])}
 
 
 class _Sheet:

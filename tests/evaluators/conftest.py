@@ -80,3 +80,39 @@ def no_network(monkeypatch):
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+# Families by what their attention does, with windows shorter than the sequences of the tests.
+FAMILIES = {
+    "Llama": {},
+    "Mistral": {"sliding_window": 6},
+    "Qwen2": {},
+    "Qwen3": {},
+    "Gemma": {},
+    "Gemma2": {"sliding_window": 6, "attn_logit_softcapping": 3.0},
+    "Gemma3Text": {"sliding_window": 6},
+}
+
+
+@pytest.fixture(scope="session", params=FAMILIES)
+def any_model(request):
+    """A tiny random model of each family, float32."""
+    import transformers
+
+    name = request.param
+    config = getattr(transformers, f"{name}Config")(
+        vocab_size=120,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        initializer_range=0.3,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=2,
+        **FAMILIES[name],
+    )
+    torch.manual_seed(0)
+    return getattr(transformers, f"{name.removesuffix('Text')}ForCausalLM")(config).eval()

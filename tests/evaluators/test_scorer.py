@@ -129,9 +129,7 @@ def test_progress(model, tokenizer):
     assert calls[-1] == (8, 8)
 
 
-def test_other_kinds_of_requests_are_refused(model, tokenizer):
-    with pytest.raises(EvaluationError, match="generate text are not supported yet"):
-        Scorer(model, tokenizer).generate_until([])
+def test_rolling_requests_are_refused(model, tokenizer):
     with pytest.raises(EvaluationError, match="rolling log-likelihood tasks are not supported yet"):
         Scorer(model, tokenizer).loglikelihood_rolling([])
 
@@ -142,3 +140,45 @@ def test_a_tokenizer_without_bos_and_eos_is_refused(model):
 
     with pytest.raises(EvaluationError, match="Bare has neither a BOS nor an EOS token"):
         Scorer(model, Bare())
+
+
+def generation_requests(contexts, **arguments):
+    return [
+        Instance(
+            request_type="generate_until", doc={}, arguments=(context, arguments), idx=0, metadata=("a task", i, 1)
+        )
+        for i, context in enumerate(contexts)
+    ]
+
+
+@pytest.mark.parametrize("kind", ["plain", "bos"])
+def test_generates_what_hflm_does(model, both_tokenizers, kind):
+    tokenizer = both_tokenizers[kind]
+    contexts = [
+        "The sun rises in the",
+        "Question: why?\nAnswer:",
+        "The sun rises in the west, or",
+        "The sun rises in the",
+    ]
+    theirs = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=1)
+    ours = Scorer(model, tokenizer)
+    whole = theirs.generate_until(generation_requests(contexts, max_gen_toks=16), disable_tqdm=True)
+    assert ours.generate_until(generation_requests(contexts, max_gen_toks=16)) == whole
+    stop = whole[1][5:9]
+    options = {"max_gen_toks": 16, "until": [stop], "do_sample": False}
+    cut = ours.generate_until(generation_requests(contexts, **options))
+    assert cut == theirs.generate_until(generation_requests(contexts, **options), disable_tqdm=True)
+    assert cut[1] == whole[1][: whole[1].index(stop)]
+    first, second = ours.generated["a task", 1]
+    assert (first.text, first.ended_by, second.text, second.ended_by) == (whole[1], "length", cut[1], "stop string")
+
+
+def test_a_long_context_leaves_room_for_its_continuation(make_llama, tokenizer):
+    short = make_llama(max_position_embeddings=24)
+    theirs = HFLM(pretrained=short, tokenizer=copy.deepcopy(tokenizer), batch_size=1)
+    ours = Scorer(short, tokenizer)
+    asked = generation_requests(["word " * 60 + "end"], max_gen_toks=8)
+    assert ours.generate_until(asked) == theirs.generate_until(asked, disable_tqdm=True)
+    assert ours.num_truncated == 1
+    with pytest.raises(EvaluationError, match="max_gen_toks = 24 leaves no room for a prompt"):
+        ours.generate_until(generation_requests(["word"], max_gen_toks=24))

@@ -3,44 +3,10 @@
 import pytest
 import torch
 
-from evaluators import tree_attention
+from evaluators import own_attention, tree_attention
 from evaluators.head import split
 from evaluators.prefix_tree import Cost, packs_of, segments_of
 from evaluators.tree_attention import TreeRunner, cost_for, reason_against
-
-WINDOW = 6
-FAMILIES = {
-    "Llama": {},
-    "Mistral": {"sliding_window": WINDOW},
-    "Qwen2": {},
-    "Qwen3": {},
-    "Gemma": {},
-    "Gemma2": {"sliding_window": WINDOW, "attn_logit_softcapping": 3.0},
-    "Gemma3Text": {"sliding_window": WINDOW},
-}
-
-
-@pytest.fixture(scope="module", params=FAMILIES)
-def any_model(request):
-    import transformers
-
-    name = request.param
-    config = getattr(transformers, f"{name}Config")(
-        vocab_size=120,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        initializer_range=0.3,
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=2,
-        **FAMILIES[name],
-    )
-    torch.manual_seed(0)
-    return getattr(transformers, f"{name.removesuffix('Text')}ForCausalLM")(config).eval()
 
 
 @pytest.fixture(scope="module")
@@ -90,13 +56,13 @@ def test_a_model_that_goes_another_way_is_found_out(small_model, monkeypatch, br
     if broken == "mask":
         monkeypatch.setattr(tree_attention._Placed, "mask_QK", lambda *_: None)
     elif broken == "prefix":
-        original = tree_attention._segment_attention
+        original = tree_attention.mixed_by_mask
 
-        def without_prefix(query, key, value, mask_QK, *rest):
+        def without_prefix(query, key, value, mask_QK, bends):
             size = query.shape[2]
-            return original(query, key[:, :, -size:], value[:, :, -size:], None, *rest)
+            return original(query, key[:, :, -size:], value[:, :, -size:], None, bends)
 
-        monkeypatch.setattr(tree_attention, "_segment_attention", without_prefix)
+        monkeypatch.setattr(tree_attention, "mixed_by_mask", without_prefix)
     else:
         inner = small_model.model.forward
 
@@ -109,8 +75,8 @@ def test_a_model_that_goes_another_way_is_found_out(small_model, monkeypatch, br
 
 
 def test_attention_with_something_unknown_is_refused_by_its_name(small_model, monkeypatch):
-    original = tree_attention._attend
-    monkeypatch.setattr(tree_attention, "_attend", lambda *args, **options: original(*args, s_aux=1, **options))
+    original = own_attention._attend
+    monkeypatch.setattr(own_attention, "_attend", lambda *args, **options: original(*args, s_aux=1, **options))
     assert reason_against(split(small_model)) == "TypeError: attention with s_aux"
 
 
