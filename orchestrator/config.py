@@ -13,8 +13,9 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from evaluators.corpora import Corpus
+from evaluators.corpora import Corpus, cut_of, protocol
 from evaluators.errors import EvaluationError
+from evaluators.recipes import Cut
 from evaluators.tasks import check_task
 from orchestrator.errors import BitatlasError
 from orchestrator.scheme import Scheme, parse_scheme
@@ -38,7 +39,7 @@ def _task(value: Any) -> Any:
     return value
 
 
-# A registered corpus, {path: ..., field: ...} or {token_ids: ...}.
+# A registered corpus, a published recipe, {path: ..., field: ...} or {token_ids: ...}.
 CorpusField = Annotated[str | dict[str, str], BeforeValidator(_corpus)]
 TaskName = Annotated[str, BeforeValidator(_task)]
 
@@ -94,11 +95,33 @@ class CalibrationConfig(_Strict):
 
 
 class PerplexityConfig(_Strict):
-    """Perplexity on the first `max_windows` windows of a corpus (None: all)."""
+    """Perplexity on the first `max_windows` windows of a corpus (None: all); `joiner` None is the corpus's own."""
 
     corpus: CorpusField
     sequence_length: int = Field(default=2048, ge=2)
     max_windows: int | None = Field(default=None, ge=1)
+    bos: Literal["once", "per_window", "never"] = "once"
+    joiner: str | None = None
+    tail: Literal["drop", "keep"] = "drop"
+    divergence: bool = False
+
+    @model_validator(mode="after")
+    def _cuts(self) -> PerplexityConfig:
+        try:
+            _ = self.cut
+        except EvaluationError as error:
+            raise PydanticCustomError("told", "{message}", {"message": str(error)}) from error
+        return self
+
+    @property
+    def cut(self) -> Cut:
+        """How the corpus is cut into windows."""
+        return cut_of(Corpus.parse(self.corpus), bos=self.bos, joiner=self.joiner, tail=self.tail)
+
+    @property
+    def protocol(self) -> dict[str, Any]:
+        """What rows say of the windows besides their length and number; a plain corpus cut by default says nothing."""
+        return protocol(Corpus.parse(self.corpus), self.cut)
 
 
 class TaskConfig(_Strict):

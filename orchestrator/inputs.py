@@ -85,7 +85,7 @@ def prepare(sweep: Sweep, file: str) -> Inputs:
             _check_length(corpus.sequence_length, found, place)
             ids = _evaluation_tokens(corpus, tokenizer, place)
             windows[model.name, corpus.key] = ids
-            evaluations[model.name, corpus.key] = content_hash([_PERPLEXITY_VERSION, _digest(ids)])
+            evaluations[model.name, corpus.key] = _perplexity_hash(corpus, ids)
         for number, task in enumerate(sweep.evaluation.tasks):
             evaluations[model.name, task.key] = _task_hash(task, f"{file}: evaluation.tasks[{number}]")
     identities = Identities(
@@ -148,9 +148,25 @@ def _evaluation_tokens(perplexity: PerplexityConfig, tokenizer: Any, where: str)
             tokenizer,
             sequence_length=perplexity.sequence_length,
             max_windows=perplexity.max_windows,
+            cut=perplexity.cut,
         )
     except EvaluationError as error:
         raise BitatlasError(f"{where}: {error}") from error
+
+
+def _perplexity_hash(perplexity: PerplexityConfig, ids: Windows) -> str:
+    """What is measured and on which tokens. What was measured before there were recipes keeps its hash."""
+    facts = dict(perplexity.protocol)
+    if perplexity.divergence:
+        facts["divergence"] = divergence_facts()
+    return content_hash([_PERPLEXITY_VERSION, _digest(ids), *([facts] if facts else [])])
+
+
+def divergence_facts() -> dict[str, Any]:
+    """By what the divergence from the unquantized model is measured."""
+    from evaluators.divergence import TOP_K, VERSION
+
+    return {"reference": "fp", "top_k": TOP_K, "version": VERSION}
 
 
 def _task_hash(task: TaskConfig, where: str) -> str:

@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.devices import Claim
 from orchestrator.artifacts import Artifact, ArtifactWriter, find_artifact
-from orchestrator.inputs import Inputs, evaluation_windows_of
+from orchestrator.config import PerplexityConfig
+from orchestrator.inputs import Inputs, divergence_facts, evaluation_windows_of
 from orchestrator.layout import Layout
+from orchestrator.measured import divergence_outcome, examinable, own_divergence_outcome, perplexity_outcome
 from orchestrator.memory import PeakMemory
 from orchestrator.plan import Job
 from orchestrator.scheme import Scheme
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from evaluators.divergence import TopTokens
+    from evaluators.perplexity import PerplexityResult
     from quantizers.block_source import BlockSource
     from quantizers.method import Method
     from quantizers.stream import SharedStatistics
@@ -187,13 +191,16 @@ class Worker:
 
     def _evaluate(self, payload: Mapping[str, Any]) -> dict[str, Any]:
         model = self._load(payload["model"])
+        evaluation = payload["evaluation"]
+        asked = None if "name" in evaluation else PerplexityConfig.model_validate(evaluation)
+        # Before the artifact is installed, because it is of the unquantized model.
+        reference = self._reference(payload) if asked is not None and asked.divergence else None
         cost: dict[str, Any] = {"quantize_seconds": None, "stored_bytes": None, "published_bits_per_weight": None}
         if payload["artifact"] is None:
             self._remove_artifact()
         else:
             cost = self._install(model, Path(payload["artifact"]))
-        evaluation = payload["evaluation"]
-        measured = self._task(evaluation) if "name" in evaluation else self._perplexity(evaluation, payload)
+        measured = self._task(evaluation) if asked is None else self._perplexity(asked, payload, reference)
         return {"reused": False, **cost, **measured}
 
     def _install(self, model: PreTrainedModel, directory: Path) -> dict[str, Any]:
@@ -209,33 +216,61 @@ class Worker:
             self._applied = str(directory)
         return _cost(artifact)
 
-    def _perplexity(self, evaluation: Mapping[str, Any], payload: Mapping[str, Any]) -> dict[str, Any]:
-        from evaluators.perplexity import perplexity
+    def _reference(self, payload: Mapping[str, Any]) -> tuple[Callable[[int], TopTokens], PerplexityResult | None]:
+        """What the unquantized model finds likely; and its perplexity, where it had to be run for that just now."""
+        from evaluators.divergence import Recorder
+        from evaluators.perplexity import perplexity, window_tokens
+        from orchestrator.fp_reference import fp_reference, reference_key
+        from orchestrator.models.source import node_cache
 
-        result = perplexity(self._model, payload["windows"], progress=self._progress("perplexity: window"))
-        metric = {
-            "metric": "perplexity",
-            "value": result.perplexity,
-            "stderr": result.stderr,
-            "n": result.num_tokens,
-            "higher_is_better": False,
-        }
-        items = [
-            {"doc_id": index, "log_likelihoods": [-nll], "target": None, "metric": "nll", "value": nll}
-            for index, nll in enumerate(result.window_nlls)
-        ]
-        protocol = {
-            "sequence_length": evaluation["sequence_length"],
-            "windows": result.num_windows,
-            "tokens": result.num_tokens,
-        }
-        forensics = None
-        if not math.isfinite(result.perplexity):
-            from evaluators.forensics import examine
+        windows, top_k = payload["windows"], divergence_facts()["top_k"]
+        measured: list[PerplexityResult] = []
 
-            self._report("looking for where the values cease to be finite")
-            forensics = examine(self._model, payload["windows"], window_nlls=result.window_nlls).as_json()
-        return {"metrics": [metric], "items": items, "protocol": protocol, "forensics": forensics}
+        def record(write: Callable[[int, TopTokens], None]) -> None:
+            self._remove_artifact()
+            recorder = Recorder(window_tokens(windows), write, k=top_k)
+            told = self._progress("perplexity of the unquantized model: window")
+            measured.append(perplexity(self._model, windows, progress=told, observe=recorder))
+
+        device = self._device.torch_device.partition(":")[0]
+        key = reference_key(payload["model"], windows, top_k=top_k, device=device)
+        read = fp_reference(node_cache() / "references" / key, len(windows), record, self._report)
+        return read, measured[0] if measured else None
+
+    def _perplexity(
+        self,
+        asked: PerplexityConfig,
+        payload: Mapping[str, Any],
+        reference: tuple[Callable[[int], TopTokens], PerplexityResult | None] | None,
+    ) -> dict[str, Any]:
+        from evaluators.divergence import Comparison
+        from evaluators.perplexity import perplexity, window_tokens
+
+        windows, is_fp = payload["windows"], payload["artifact"] is None
+        comparison = Comparison(window_tokens(windows), reference[0]) if reference and not is_fp else None
+        # One forward serves the perplexity and the divergence, and what was just recorded is not run again.
+        result = reference[1] if reference and is_fp else None
+        if result is None:
+            told = self._progress("perplexity: window")
+            result = perplexity(self._model, windows, progress=told, observe=comparison)
+        outcome = perplexity_outcome(asked, result)
+        if reference:
+            facts = divergence_facts()
+            beside = (
+                divergence_outcome(comparison.result(), facts) if comparison else own_divergence_outcome(result, facts)
+            )
+            outcome |= {name: outcome[name] + beside[name] for name in beside}
+        return outcome | {"forensics": self._forensics(windows, result)}
+
+    def _forensics(self, windows: NDArray[np.int64], result: PerplexityResult) -> dict[str, Any] | None:
+        if math.isfinite(result.perplexity):
+            return None
+        from evaluators.forensics import examine
+
+        self._report("looking for where the values cease to be finite")
+        looked_at, nlls, first = examinable(windows, result.window_nlls)
+        record = examine(self._model, looked_at, window_nlls=nlls).as_json()
+        return record | {"window": first + record["window"]}
 
     def _task(self, evaluation: Mapping[str, Any]) -> dict[str, Any]:
         import importlib.metadata
@@ -266,6 +301,10 @@ class Worker:
                 "subtask": item.subtask,
                 "log_likelihoods": item.log_likelihoods,
                 "target": item.target,
+                "answer": item.answer,
+                "answer_tokens": item.answer_tokens,
+                "is_cut": item.is_cut,
+                "is_loop": item.is_loop,
                 "metric": name,
                 "value": value,
             }

@@ -61,6 +61,19 @@ REFUSED = [
     ({"evaluation": {"perplexity": [{"corpus": {"pth": "x"}}]}}, "unknown corpus key 'pth': did you mean 'path'?"),
     ({"evaluation": {"perplexity": [{"corpus": "lambada", "sequence_length": 1}]}}, "sequence_length = 1: "),
     ({"evaluation": {"perplexity": [{"corpus": "lambada", "max_windows": 0}]}}, "max_windows = 0: "),
+    ({"evaluation": {"perplexity": [{"corpus": "c4-nw"}]}}, "unknown corpus 'c4-nw': did you mean 'c4-new'?"),
+    ({"evaluation": {"perplexity": [{"corpus": "lambada", "bos": True}]}}, "perplexity[0].bos = True: must be 'once'"),
+    ({"evaluation": {"perplexity": [{"corpus": "lambada", "tail": "kept"}]}}, "tail = 'kept': must be 'drop' or"),
+    ({"evaluation": {"perplexity": [{"corpus": "lambada", "joiner": 3}]}}, "joiner = 3: must be a valid string"),
+    ({"evaluation": {"perplexity": [{"corpus": "lambada", "divergence": 1}]}}, "divergence = 1: must be a valid bool"),
+    (
+        {"evaluation": {"perplexity": [{"corpus": "c4", "tail": "keep"}]}},
+        "evaluation.perplexity[0]: `joiner` and `tail` mean nothing for corpus c4, because its windows are drawn from",
+    ),
+    (
+        {"evaluation": {"perplexity": [{"corpus": {"token_ids": "a.npy"}, "bos": "never"}]}},
+        "evaluation.perplexity[0]: `bos`, `joiner` and `tail` mean nothing for corpus a, because its windows are given",
+    ),
     ({"workers": {"device": "gpu"}}, "workers.device = 'gpu': must be 'auto', 'cpu', 'cuda', 'npu' or 'simulated-npu'"),
     ({"workers": {"count": 0}}, "workers.count = 0: must be at least 1, or auto"),
     ({"workers": {"count": True}}, "workers.count = True: "),
@@ -158,6 +171,16 @@ def test_equal_sections_have_equal_keys(make_sweep):
     assert short.key != make_sweep(calibration={"corpus": "lambada", "seed": 1}).calibration[0].key
 
 
+def test_what_a_perplexity_entry_says_of_its_windows(make_sweep):
+    def said(**entry):
+        return make_sweep(evaluation={"perplexity": [entry]}).evaluation.perplexity[0].protocol
+
+    assert said(corpus="lambada") == said(corpus="lambada", joiner="\n\n", tail="drop", divergence=True) == {}
+    assert said(corpus="lambada", bos="never", joiner="") == {"bos": "never", "joiner": ""}
+    assert said(corpus="ptb-new", tail="keep") == said(corpus="ptb-new", tail="keep", joiner=" ")
+    assert said(corpus="ptb-new", tail="keep")["tail"] == "keep"
+
+
 def one_or_more(values):
     return st.one_of(st.sampled_from(values), st.lists(st.sampled_from(values), min_size=1, max_size=3))
 
@@ -183,6 +206,15 @@ ENTRIES = st.one_of(
         },
     ),
 )
+PERPLEXITY = st.fixed_dictionaries(
+    {"corpus": st.sampled_from(["lambada", "wikitext2", {"path": "a.txt"}])},
+    optional={
+        "bos": st.sampled_from(["once", "per_window", "never"]),
+        "joiner": st.text(max_size=3),
+        "tail": st.sampled_from(["drop", "keep"]),
+        "divergence": st.booleans(),
+    },
+)
 CORPUS = st.sampled_from(["lambada", {"path": "a.txt"}, {"path": "a.jsonl", "field": "text"}, {"token_ids": "a.npy"}])
 CALIBRATION = st.fixed_dictionaries({"corpus": CORPUS}, optional={"samples": st.integers(1, 9), "seed": st.integers(0)})
 SWEEPS = st.fixed_dictionaries(
@@ -195,7 +227,7 @@ SWEEPS = st.fixed_dictionaries(
         "calibration": st.one_of(CALIBRATION, st.lists(CALIBRATION, min_size=1, max_size=2)),
         "evaluation": st.fixed_dictionaries(
             {"tasks": st.just([{"name": "piqa", "limit": 3}])},
-            optional={"perplexity": st.lists(st.fixed_dictionaries({"corpus": CORPUS}), max_size=2)},
+            optional={"perplexity": st.lists(PERPLEXITY | st.fixed_dictionaries({"corpus": CORPUS}), max_size=2)},
         ),
     },
     optional={"workers": st.sampled_from([{"count": 2}, {"count": "auto", "device": "cpu"}])},

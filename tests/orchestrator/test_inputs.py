@@ -67,6 +67,76 @@ def test_ids_depend_on_a_corpus_file_s_text(tiny_sweep, tmp_path):
     }
 
 
+def evaluation_hash(sweep):
+    ((_, found),) = prepare(sweep, "study.yaml").identities.evaluations.items()
+    return found
+
+
+# Computed before there were recipes: what was measured then is not measured again.
+HASHES = {
+    "boolq-passages": "bc780dc1f439e756fe49eb4bb3a5c0315c3ab8da3b96d8c02f451fa3443dcac4",
+    "lambada": "e10799a8b1867a6add6cc73c6a3d3102f1f639e857a0cfe59b360f3b9d7f32ad",
+}
+HASH_OF_TOKEN_IDS = "5d43a4b4ce0ddf7024f3ea5a5c0ce882fde0497186d63522f2de8e5d3889ed4c"
+
+
+def test_the_default_recipe_has_the_identity_that_it_always_had(tiny_sweep, tmp_path):
+    for corpus, expected in HASHES.items():
+        entry = {"corpus": corpus, "sequence_length": 64, "max_windows": 2}
+        assert evaluation_hash(tiny_sweep(evaluation={"perplexity": [entry]})) == expected
+        written_out = entry | {"bos": "once", "joiner": "\n\n", "tail": "drop", "divergence": False}
+        assert evaluation_hash(tiny_sweep(evaluation={"perplexity": [written_out]})) == expected
+    np.save(tmp_path / "ids.npy", np.arange(128, dtype=np.int64).reshape(2, 64))
+    entry = {"corpus": {"token_ids": str(tmp_path / "ids.npy")}, "sequence_length": 64}
+    assert evaluation_hash(tiny_sweep(evaluation={"perplexity": [entry]})) == HASH_OF_TOKEN_IDS
+
+
+def test_another_recipe_has_another_identity(tiny_sweep, tmp_path):
+    (tmp_path / "own.jsonl").write_text('{"text": "The house by the sea. "}\n' * 60)
+    entry = {"corpus": {"path": str(tmp_path / "own.jsonl"), "field": "text"}, "sequence_length": 64, "max_windows": 2}
+    changes = [
+        {},
+        {"bos": "per_window"},
+        {"bos": "never"},  # the same tokens, where the tokenizer adds none; but the rows say something else
+        {"joiner": " "},
+        {"tail": "keep"},
+        {"divergence": True},
+        {"sequence_length": 32},
+        {"max_windows": 1},
+    ]
+    hashes = [evaluation_hash(tiny_sweep(evaluation={"perplexity": [entry | change]})) for change in changes]
+    assert len(set(hashes)) == len(changes)
+
+
+def test_a_published_recipe_that_is_not_there_is_refused_with_the_field(tiny_sweep, monkeypatch, tmp_path):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    perplexity = {"corpus": "wikitext2", "sequence_length": 64}
+    with pytest.raises(BitatlasError, match=r"study.yaml: evaluation.perplexity\[0\]: data set Salesforce/wikitext "):
+        prepare(tiny_sweep(evaluation={"perplexity": [perplexity]}), "study.yaml")
+    with pytest.raises(BitatlasError, match=r"study.yaml: calibration: data set allenai/c4 .*set HF_HOME to a cache"):
+        prepare(tiny_sweep(calibration={"corpus": "c4", "samples": 2, "sequence_length": 64}), "study.yaml")
+
+
+def test_a_published_recipe_calibrates_and_measures(tiny_sweep, monkeypatch):
+    import datasets
+
+    def load(_, __, *, split, **___):
+        return datasets.Dataset.from_dict(
+            {"text": [f"The {split} house number {n} by the sea. " * 9 for n in range(40)]}
+        )
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    sweep = tiny_sweep(
+        calibration={"corpus": "c4", "samples": 3, "sequence_length": 64},
+        evaluation={"perplexity": [{"corpus": "wikitext2", "sequence_length": 64, "max_windows": 2}]},
+    )
+    inputs = prepare(sweep, "study.yaml")
+    assert inputs.calibrations["tiny", sweep.calibration[0].key].shape == (3, 64)
+    assert evaluation_windows_of(inputs, "tiny", sweep.evaluation.perplexity[0]).shape == (2, 64)
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
