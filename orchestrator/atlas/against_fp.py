@@ -50,6 +50,7 @@ class Compared:
     flips: Flips | None = None
     p_value: float | None = None  # McNemar's, adjusted over the cells of the column
     verdict: Verdict = Verdict.NONE
+    close: bool = False  # the whole interval lies within the margin
     at_chance: bool = False
     remarks: tuple[str, ...] = ()
 
@@ -195,12 +196,12 @@ def _judged(row: Compared, column: Column, kind: Kind) -> Compared:
     if row.change is None or not row.change.known:
         return row
     same = 1.0 if kind is Kind.WINDOW else 0.0
+    claims = [row.change] if row.flips is None else [row.change, flip_interval(row.flips)]
+    close = kind is not Kind.SCORE and all(claim.within(same - MARGIN, same + MARGIN) for claim in claims)
     if row.change.contains(same):
-        claims = [row.change] if row.flips is None else [row.change, flip_interval(row.flips)]
-        close = kind is not Kind.SCORE and all(claim.within(same - MARGIN, same + MARGIN) for claim in claims)
         verdict = Verdict.LOSSLESS if close else Verdict.NO_MEASURABLE_LOSS
     elif row.p_value is not None and row.p_value >= SIGNIFICANCE:
         verdict = Verdict.UNCLEAR
     else:
         verdict = Verdict.GAIN if (row.change.value > same) == column.higher_is_better else Verdict.LOSS
-    return replace(row, verdict=verdict)
+    return replace(row, verdict=verdict, close=close)

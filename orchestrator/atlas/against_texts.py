@@ -79,7 +79,7 @@ def _line(model_map: ModelMap, found: AgainstFp, row: Compared) -> Line:
         change = _interval(row.change, lambda value: _signed(100 * value) if percent else f"{value:+.3g}")
         texts = (shown, change, reading)
     else:
-        texts = ("1" if row.cell.is_fp else _interval(row.change, _ratio), reading)
+        texts = ("1" if row.cell.is_fp else _ratio(row.change), reading)
     return Line(
         label=model_map.cell_labels[row.cell.key],
         is_fp=row.cell.is_fp,
@@ -91,7 +91,9 @@ def _line(model_map: ModelMap, found: AgainstFp, row: Compared) -> Line:
 
 def _reading(row: Compared, kind: Kind) -> str:
     verdict = row.verdict.value
-    if row.verdict is Verdict.LOSSLESS:
+    if (
+        row.close and row.verdict is not Verdict.UNCLEAR
+    ):  # a loss of less than the margin, too, is told from a large one
         verdict += f" within {_SHARE if kind is Kind.WINDOW else _POINTS}"
     words = ["at chance" if row.at_chance else "", verdict, *row.remarks]
     return ", ".join(word for word in words if word)
@@ -109,11 +111,11 @@ def _signed(value: float) -> str:
     return text[1:] if float(text) == 0 else text.replace("-", "−")
 
 
-def _ratio(value: float) -> str:
+def _ratio(found: Interval | None) -> str:
     """Four decimals near 1, where cells are told apart by them."""
-    if not math.isfinite(value):
+    if found is not None and not math.isfinite(found.value):
         return labels.NON_FINITE
-    return f"{value:.4f}" if value < 2 else labels.number(value)
+    return _interval(found, lambda value: f"{value:.4f}" if found and found.value < 2 else labels.number(value))
 
 
 def _flips(found: Flips | None) -> str:

@@ -365,6 +365,23 @@ def test_texts_of_extremes(items: int, others: list[float], texts: tuple[str, ..
     assert lines.lines[1].texts == texts
 
 
+@pytest.mark.parametrize(
+    ("shift", "noise", "texts"),
+    [
+        (0.003, 0.001, ("1.0030 [1.0025, 1.0035]", "loss within 1%")),
+        (-0.003, 0.001, ("0.9970 [0.9965, 0.9975]", "gain within 1%")),
+        (0.003, 0.03, ("1.0030 [0.9881, 1.0182]", "no measurable loss")),
+        (0.72, 0.1, ("2.05 [1.95, 2.16]", "loss")),
+        (800.0, 0.0, ("non-finite", "loss")),  # beyond the largest number
+    ],
+)
+def test_texts_of_ratios(shift: float, noise: float, texts: tuple[str, ...]) -> None:
+    before = np.linspace(2.5, 3.5, 16)
+    other = scored([*before + shift + np.tile([noise, -noise], 8)])
+    (lines,) = against_lines(mapped([(fp(value=20.0), scored([*before])), (row(value=21.0), other)]))
+    assert lines.lines[1].texts == texts
+
+
 def test_no_row_is_lost_between_numbers_and_texts(tmp_path: Path) -> None:
     (model_map,) = model_maps(load(demo_sweep(tmp_path / "out")))
     for found, lines in zip(model_map.against, against_lines(model_map), strict=True):
