@@ -224,6 +224,8 @@ def draw_from_documents(
     The order of draws is that of GPTQ's code, from Python's generator, so that a smaller `count` gives the first
     windows of a larger one.
 
+    DEVIATION: that code also takes a document of exactly one window, and then fails to draw an offset in it.
+
     Args:
         texts: the documents.
         encode: a document to its tokens.
