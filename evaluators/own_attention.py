@@ -91,7 +91,7 @@ def mixed_by_mask(
     """Attention under a boolean mask that broadcasts to [batch, heads, Q, K]; None is the causal triangle."""
     groups = query.shape[1] // key.shape[1]
     if query.shape[2] == 1 and groups > 1 and bends.softcap is None:
-        # The queries that share a head's keys as rows of one product: five times faster on CPU (SmolLM2-135M, bfloat16).
+        # The queries that share a head's keys as rows of one product: five times faster on CPU in bfloat16.
         packed = query.view(query.shape[0], key.shape[1], groups, query.shape[3])
         mixed = scaled_dot_product_attention(packed, key, value, attn_mask=mask_QK, scale=bends.scaling)
         return mixed.view(query.shape[:3] + value.shape[3:])

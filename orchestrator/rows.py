@@ -81,8 +81,10 @@ def outcome_rows(
     )
     common |= size_columns(job.cell, model, outcome["stored_bytes"])
     rows: dict[str, list[dict[str, Any]]] = {"results": [], "items": [], "layers": []}
+    broken = any(math.isnan(score) for item in outcome.get("items", []) for score in item["log_likelihoods"] or ())
     for metric in outcome.get("metrics", []):
-        finite = math.isfinite(metric["value"])
+        # The best of scores that are not numbers is no answer, though lm-eval counts one: the first.
+        finite = math.isfinite(metric["value"]) and not broken
         rows["results"].append(
             common
             | metric

@@ -245,7 +245,7 @@ def describe(model_map: ModelMap, column: Column, cell: Cell, entry: Entry) -> l
     if entry.error:
         lines.append(entry.error if len(entry.error) <= 160 else entry.error[:157] + "…")
     if entry.n:
-        lines.append(f"{entry.n:,} {'tokens' if column.is_perplexity else 'items'} scored")
+        lines.append(f"{entry.n:,} {column.unit}s scored")
     if cell.checkpoint_bytes is not None:
         lines.append(
             f"{labels.megabytes(cell.checkpoint_bytes)} MB, {labels.bits(cell.decoder_bits_per_weight)} bits per weight"

@@ -20,7 +20,7 @@ def protocol_lines(model_map: ModelMap) -> list[tuple[str, str]]:
     lines = []
     for column in model_map.columns:
         counts = {entry.n for (_, other), entry in model_map.entries.items() if other == column and entry.n}
-        unit = "token" if column.is_perplexity else "item"
+        unit = column.unit
         scored = ""
         if counts:
             low, high = min(counts), max(counts)

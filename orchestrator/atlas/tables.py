@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from orchestrator.atlas.against_fp import AgainstFp
 
 PERPLEXITY = "perplexity"
+TOKEN_METRICS = {PERPLEXITY, "kl_divergence", "top1_agreement"}
 HEAT_LEVELS = 10
 _HEAT_FLOOR, _HEAT_CEILING = 1e-3, 1.0  # relative differences that are as green, and as red, as it gets
 
@@ -44,6 +45,11 @@ class Column:
     def is_perplexity(self) -> bool:
         """Whether the deployment advice may rest on this column."""
         return self.metric == PERPLEXITY
+
+    @property
+    def unit(self) -> str:
+        """What was scored."""
+        return "token" if self.metric in TOKEN_METRICS else "item"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -333,8 +339,8 @@ def _change(value: float, reference: float | None, column: Column) -> float | No
     if reference is None:
         return None
     worse = reference - value if column.higher_is_better else value - reference
-    if reference == 0:
-        return 0.0 if worse == 0 else math.copysign(math.inf, worse)
+    if reference == 0:  # a divergence from fp, or a rate that fp has none of: its own size says it
+        return worse
     return worse / abs(reference)
 
 

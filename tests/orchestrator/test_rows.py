@@ -1,6 +1,7 @@
 """Outcomes become rows: the declared columns, honest sizes, and a status for every number."""
 
 import json
+import math
 from datetime import UTC, datetime
 
 import pytest
@@ -39,6 +40,14 @@ def rows_of(job, model, **changes):
     return outcome_rows(
         "study", job, outcome(**changes), model=model, worker=WORKER, started_at=BEGAN, finished_at=ENDED
     )
+
+
+def test_scores_that_are_no_numbers_make_a_task_s_row_non_finite(jobs, model_input):
+    job = jobs["tiny gptq-w4-g64: boolq-passages"]
+    items = [{"doc_id": 0, "log_likelihoods": [math.nan, -1.0], "target": 0, "metric": "acc", "value": 1.0}]
+    assert rows_of(job, model_input, items=items)["results"][0]["status"] == "non_finite"
+    items[0]["log_likelihoods"] = [-math.inf, -1.0]  # a probability of zero is a score
+    assert rows_of(job, model_input, items=items)["results"][0]["status"] == "ok"
 
 
 def test_an_evaluation_s_rows_have_the_declared_columns(jobs, model_input):

@@ -268,3 +268,15 @@ def test_history_knows_the_running_job(demo: Atlas) -> None:
     assert demo.history.open
     assert demo.history.running == (f"{MODEL} awq w3 g64: quantize",)
     assert (demo.history.sessions, demo.history.retries, demo.history.workers_lost) == (2, 1, 1)
+
+
+def test_a_divergence_is_its_own_change_from_fp() -> None:
+    model_map = only_map(
+        [
+            row(method="fp", weight_bits=16, metric="kl_divergence", value=0.0, higher_is_better=False),
+            row(metric="kl_divergence", value=0.1, higher_is_better=False),
+        ]
+    )
+    (entry,) = entries(model_map, "rtn w4 g64")
+    assert (entry.change, entry.heat) == (0.1, 7)
+    assert model_map.columns[0].unit == "token"
