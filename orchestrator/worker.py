@@ -64,6 +64,7 @@ def payload_of(job: Job, inputs: Inputs, layout: Layout) -> dict[str, Any]:
             raise AssertionError("an evaluate job has an evaluation")
         payload["evaluation"] = job.evaluation.model_dump(mode="json")
         payload["windows"] = evaluation_windows_of(inputs, cell.model, job.evaluation)
+        payload["allow_code_execution"] = inputs.allow_code_execution
     return payload
 
 
@@ -200,7 +201,7 @@ class Worker:
             self._remove_artifact()
         else:
             cost = self._install(model, Path(payload["artifact"]))
-        measured = self._task(evaluation) if asked is None else self._perplexity(asked, payload, reference)
+        measured = self._task(evaluation, payload) if asked is None else self._perplexity(asked, payload, reference)
         return {"reused": False, **cost, **measured}
 
     def _install(self, model: PreTrainedModel, directory: Path) -> dict[str, Any]:
@@ -272,7 +273,7 @@ class Worker:
         record = examine(self._model, looked_at, window_nlls=nlls).as_json()
         return record | {"window": first + record["window"]}
 
-    def _task(self, evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    def _task(self, evaluation: Mapping[str, Any], payload: Mapping[str, Any]) -> dict[str, Any]:
         import importlib.metadata
 
         from evaluators.harness import evaluate_task
@@ -283,6 +284,7 @@ class Worker:
             evaluation["name"],
             limit=evaluation["limit"],
             num_fewshot=evaluation["num_fewshot"],
+            allow_code_execution=payload["allow_code_execution"],
             progress=self._progress(f"{evaluation['name']}: request"),
         )
         metrics = [

@@ -17,7 +17,7 @@ from evaluators.tasks import GROUPS, TASKS, check_task
 LIMIT = 30
 ACCURACY_ALONE = {"boolq", "winogrande", "commonsense_qa", "copa", "rte", "social_iqa"}
 VERSIONS = {"boolq": "2.0", "commonsense_qa": "Yaml", "social_iqa": "0.0"}
-GENERATED = ["gsm8k_cot"]
+GENERATED = ["gsm8k_cot", "humaneval", "mbpp"]
 PLAIN_TASKS = [name for name in TASKS if name not in GROUPS["mmlu"] and name not in GENERATED]
 
 

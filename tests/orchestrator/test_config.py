@@ -56,6 +56,10 @@ REFUSED = [
     ({"evaluation": {"tasks": [{"limit": 3}]}}, "evaluation.tasks[0].name is missing"),
     ({"evaluation": {"tasks": [{"name": "piqa", "limit": 0}]}}, "evaluation.tasks[0].limit = 0: "),
     ({"evaluation": {"tasks": [{"name": "piqa", "num_fewshot": -1}]}}, "evaluation.tasks[0].num_fewshot = -1: "),
+    (
+        {"evaluation": {"tasks": [{"name": "piqa"}, {"name": "mbpp"}]}},
+        "evaluation: tasks[1]: task mbpp runs programs that the model wrote, in a sandbox, and only where",
+    ),
     ({"evaluation": {"perplexity": [{}]}}, "evaluation.perplexity[0].corpus is missing"),
     ({"evaluation": {"perplexity": [{"corpus": {"path": "x.md"}}]}}, "corpus path x.md must end in .txt or .jsonl"),
     ({"evaluation": {"perplexity": [{"corpus": {"pth": "x"}}]}}, "unknown corpus key 'pth': did you mean 'path'?"),
