@@ -123,7 +123,8 @@ EVENTS = Table(
     {
         "sweep": "string",
         "session": "string",  # one start of the driver
-        "event": "string",  # session_started|started|finished|reused|failed|retried|worker_lost|session_ended
+        # session_started|started|finished|reused|failed|retried|worker_lost|warning|session_ended
+        "event": "string",
         "job_id": "string",
         "cell_id": "string",
         "job": "string",  # readable name: "smollm2-135m rtn w4 g64: arc_easy"

@@ -50,6 +50,9 @@ def print_status(directory: Path, console: Console) -> int:
         for event in running:
             table.add_row(event["worker"], event["job"], clock((datetime.now(UTC) - event["at"]).total_seconds()))
         console.print(table)
+    warnings = [event for event in events if event["event"] == "warning"]
+    for text in dict.fromkeys(f"warning: {event['job']}: {event['error']}" for event in warnings):
+        console.print(text, style="yellow", markup=False, highlight=False)
     for event in failed:
         console.print(f"failed: {event['job']}: {event['error']}", style="red", markup=False, highlight=False)
     return 1 if failed else 0

@@ -87,6 +87,7 @@ class Driver:
         self._store, self._pool = store, pool
         self._started: dict[str, datetime] = {}
         self._failures: list[str] = []
+        self._warnings: list[str] = []
         self._finished = 0
         self.stop = threading.Event()
 
@@ -113,6 +114,8 @@ class Driver:
                 self._hand_out(schedule)
                 self._collect(schedule)
                 view.update(schedule, self._pool.activity())
+                while self._warnings:
+                    view.warn(self._warnings.pop(0))
         finally:
             view.end(schedule)
         left = schedule.unfinished
@@ -183,6 +186,9 @@ class Driver:
         )
         for table, added in new.items():
             rows[table] += added
+        for warning in completion.result.get("warnings", ()):
+            self._warnings.append(f"{job.label}: {warning}")
+            rows["events"].append(self._event("warning", cell_id=job.cell.id, job=job.label, error=warning))
         event = "reused" if completion.result["reused"] else "finished"
         states = {row["status"] for row in new["results"]}
         status = "non_finite" if "non_finite" in states else "ok"

@@ -28,6 +28,9 @@ class View(Protocol):
     def update(self, schedule: Schedule, activity: Mapping[str, str]) -> None:
         """Called several times a second."""
 
+    def warn(self, text: str) -> None:
+        """Something that should be known before the night is spent."""
+
     def end(self, schedule: Schedule) -> None:
         """The run is over, however it ended."""
 
@@ -39,6 +42,9 @@ class QuietView:
         """Nothing."""
 
     def update(self, schedule: Schedule, activity: Mapping[str, str]) -> None:
+        """Nothing."""
+
+    def warn(self, text: str) -> None:
         """Nothing."""
 
     def end(self, schedule: Schedule) -> None:
@@ -115,6 +121,10 @@ class LiveView:
         self._activity = {}
         self._live.stop()
 
+    def warn(self, text: str) -> None:
+        """Print it above the table, where it stays."""
+        self._live.console.print(Text(f"warning: {text}", style="yellow"))
+
     def _draw(self, schedule: Schedule) -> Group:
         counts = self._counts
         self._bar.update(self._task, completed=counts.jobs_done(schedule), left="~" + counts.remaining(schedule))
@@ -166,6 +176,10 @@ class LineView:
                 f"{worker}: {job.label} {activity.get(worker, '')}".rstrip() for worker, job in schedule.running.items()
             )
             self._print(f"[{self._position(schedule)}] left ~{self._counts.remaining(schedule)}; {doing}")
+
+    def warn(self, text: str) -> None:
+        """Print it."""
+        self._print(f"WARNING {text}")
 
     def end(self, schedule: Schedule) -> None:
         """Print what ended last."""

@@ -93,7 +93,7 @@ class Worker:
 
         Returns:
             `seconds`, `peak_memory_bytes`, `reused`, `quantize_seconds`, `stored_bytes`, `layers` (quantize), and
-            `metrics`, `items`, `protocol` (evaluate).
+            `metrics`, `items`, `protocol`, `warnings` (evaluate).
         """
         import torch
 
@@ -261,7 +261,12 @@ class Worker:
                 divergence_outcome(comparison.result(), facts) if comparison else own_divergence_outcome(result, facts)
             )
             outcome |= {name: outcome[name] + beside[name] for name in beside}
-        return outcome | {"forensics": self._forensics(windows, result)}
+        warnings = []
+        if is_fp:
+            from evaluators.gate import bos_warning
+
+            warnings.append(bos_warning(self._model, self._tokenizer, windows))
+        return outcome | {"forensics": self._forensics(windows, result), "warnings": [w for w in warnings if w]}
 
     def _forensics(self, windows: NDArray[np.int64], result: PerplexityResult) -> dict[str, Any] | None:
         if math.isfinite(result.perplexity):
@@ -323,7 +328,12 @@ class Worker:
             "task_version": result.version,
             "lm_eval": importlib.metadata.version("lm-eval"),
         }
-        return {"metrics": metrics, "items": items, "protocol": protocol}
+        warnings = []
+        if payload["artifact"] is None:
+            from evaluators.gate import chance_warning
+
+            warnings.append(chance_warning(result.items))
+        return {"metrics": metrics, "items": items, "protocol": protocol, "warnings": [w for w in warnings if w]}
 
     def _progress(self, what: str) -> Callable[[int, int], None]:
         return lambda done, total: self._report(f"{what} {done}/{total}")
