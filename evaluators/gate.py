@@ -42,7 +42,7 @@ def chance_warning(items: Sequence[Item]) -> str | None:
         return None
     return (
         f"the unquantized model is right on {correct} of {len(scored)}, which guessing gives as well "
-        f"(p = {p_value:.2f}): what quantization costs cannot show here; use more items, another task, or a better model"
+        f"(p = {p_value:.2f}): what quantization costs cannot show here; use more items, another task or a better model"
     )
 
 

@@ -16,7 +16,7 @@ def items(right, total, choices=4):
 
 
 def test_an_accuracy_that_guessing_gives_is_warned_of():
-    assert "right on 27 of 100, which guessing gives as well (p = 0.6" in chance_warning(items(27, 100))
+    assert "right on 27 of 100, which guessing gives as well (p = 0.72)" in chance_warning(items(27, 100))
     assert chance_warning(items(50, 100)) is None
     assert chance_warning(items(50, 100, choices=2)) is not None
     assert chance_warning(items(3, 4)) is not None  # so few items say nothing

@@ -120,3 +120,12 @@ def test_jobs_of_a_killed_driver_do_not_run_in_the_next_session(sweep_directory)
     text = told(sweep_directory)[1]
     assert "0 jobs done, 1 running" in text
     assert "tiny b" in text
+
+
+def test_warnings_of_the_baseline_are_told_and_no_job_ends_by_them(sweep_directory):
+    warning = {"event": "warning", "cell_id": "tiny.fp", "job": "tiny fp: piqa", "error": "right on 5 of 10, [sic]"}
+    commit(sweep_directory, {"event": "session_started"}, job("started", "a"), warning, warning)
+    code, text = told(sweep_directory)
+    assert code == 0
+    assert "0 jobs done, 1 running" in text
+    assert text.count("warning: tiny fp: piqa: right on 5 of 10, [sic]") == 1

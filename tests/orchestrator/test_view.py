@@ -141,3 +141,16 @@ def test_which_view(console):
 )
 def test_clock(seconds, shown):
     assert clock(seconds) == shown
+
+
+def test_warnings_stay_on_the_screen(plan, console):
+    lines = LineView(console)
+    lines.begin(plan, Schedule(plan.jobs), WORKERS)
+    console.export_text()
+    lines.warn("tiny fp: piqa: at [chance]")
+    assert console.export_text() == "WARNING tiny fp: piqa: at [chance]\n"
+    live = LiveView(console)
+    live.begin(plan, Schedule(plan.jobs), WORKERS)
+    live.warn("tiny fp: piqa: at [chance]")
+    live.end(Schedule(plan.jobs))
+    assert "warning: tiny fp: piqa: at [chance]" in console.export_text()
