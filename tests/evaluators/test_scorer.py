@@ -3,6 +3,7 @@
 import copy
 
 import pytest
+import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
@@ -109,6 +110,26 @@ def test_a_long_shared_prefix_runs_once(model, tokenizer):
     assert scorer.work.computed_tokens == scorer.work.distinct_tokens < scorer.work.requested_tokens / 10
     theirs = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=4)
     assert_same(ours, theirs.loglikelihood(requests(pairs), disable_tqdm=True))
+
+
+def test_activations_quantized_per_token_do_not_see_the_packing(make_llama, tokenizer, monkeypatch):
+    # In float64, where rounding is no different however tokens are batched.
+    model = make_llama().double()
+
+    def quantize(_, inputs):
+        scale = inputs[0].abs().amax(-1, keepdim=True) / 7
+        return ((inputs[0] / scale).round() * scale,)
+
+    for layer in model.model.layers:
+        for module in layer.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.register_forward_pre_hook(quantize)
+    packed = Scorer(model, tokenizer).loglikelihood(requests(PAIRS))
+    monkeypatch.setattr(scorer_module, "reason_against", lambda _: "unpacked")
+    alone = Scorer(model, tokenizer, pack_tokens=1).loglikelihood(requests(PAIRS))
+    assert [score for score, _ in packed] == pytest.approx([score for score, _ in alone], abs=1e-5)
+    plain = Scorer(make_llama().double(), tokenizer).loglikelihood(requests(PAIRS))
+    assert max(abs(one - two) for (one, _), (two, _) in zip(packed, plain, strict=True)) > 0.1  # it does quantize
 
 
 def test_padded_rows_by_name_where_trees_cannot_be_trusted(model, tokenizer, monkeypatch):
