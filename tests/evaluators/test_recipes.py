@@ -6,7 +6,6 @@ import re
 import datasets
 import numpy as np
 import pytest
-from datasets.arrow_writer import ArrowWriter
 
 from evaluators import recipes
 from evaluators.corpora import PADDING, Corpus, calibration_windows, cut_of, evaluation_windows, protocol
@@ -296,28 +295,13 @@ def test_a_published_recipe_says_everything():
 
 
 @pytest.fixture
-def cache(tmp_path, monkeypatch, no_network):
+def cache(hub_cache):
     """Writes a split of wikitext2 where `datasets` would have left it."""
 
     def write(revision, texts):
-        folder = tmp_path / "Salesforce___wikitext" / "wikitext-2-raw-v1" / "0.0.0" / revision
-        folder.mkdir(parents=True)
-        features = datasets.Features({"text": datasets.Value("string")})
-        with ArrowWriter(path=str(folder / "wikitext-test.arrow"), features=features) as writer:
-            for text in texts:
-                writer.write({"text": text})
-            count, size = writer.finalize()
-        split = {"name": "test", "num_examples": count, "num_bytes": size, "dataset_name": "wikitext"}
-        datasets.DatasetInfo(
-            features=features,
-            builder_name="parquet",
-            dataset_name="wikitext",
-            config_name="wikitext-2-raw-v1",
-            version="0.0.0",
-            splits={"test": split},
-        ).write_to_directory(str(folder))
+        rows = [{"text": text} for text in texts]
+        hub_cache("Salesforce/wikitext", "wikitext-2-raw-v1", {"test": rows}, revision=revision)
 
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
     return write
 
 
