@@ -16,6 +16,7 @@ from pydantic_core import PydanticCustomError
 from evaluators.corpora import Corpus, cut_of, protocol
 from evaluators.errors import EvaluationError
 from evaluators.recipes import Cut
+from evaluators.suites import read_suite
 from evaluators.tasks import check_permission, check_task
 from orchestrator.errors import BitatlasError
 from orchestrator.scheme import Scheme, parse_scheme
@@ -133,11 +134,28 @@ class TaskConfig(_Strict):
 
 
 class EvaluationConfig(_Strict):
-    """What every cell is measured on."""
+    """What every cell is measured on; a suite is read as the tasks that it stands for."""
 
     perplexity: tuple[PerplexityConfig, ...] = ()
+    suite: None = Field(default=None, exclude=True)  # a known key of the file; see `_expanded`
     tasks: tuple[TaskConfig, ...] = ()
     allow_code_execution: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expanded(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping) or value.get("suite") is None:
+            return value
+        try:
+            suite = read_suite(value["suite"])
+        except EvaluationError as error:
+            raise PydanticCustomError("told", "{message}", {"message": f"suite: {error}"}) from error
+        own = value.get("tasks") or []
+        if not isinstance(own, list | tuple):  # refused with its own words
+            return {key: item for key, item in value.items() if key != "suite"}
+        named = {task.get("name") for task in own if isinstance(task, Mapping)}
+        tasks = [*(task.entry for task in suite if task.name not in named), *own]
+        return {key: item for key, item in value.items() if key != "suite"} | {"tasks": tuple(tasks)}
 
     @model_validator(mode="after")
     def _permitted(self) -> EvaluationConfig:

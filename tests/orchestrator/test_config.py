@@ -7,6 +7,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from orchestrator.atlas.expected import expected_tasks
 from orchestrator.config import parse_sweep, read_sweep, resolved
 from orchestrator.errors import BitatlasError
 
@@ -256,3 +257,49 @@ def test_the_packaged_sweeps_are_valid():
     assert files
     for file in files:
         read_sweep(file)
+
+
+def test_a_suite_stands_for_its_tasks(make_sweep):
+    sweep = make_sweep(evaluation={"suite": "smoke"})
+    assert [(task.name, task.limit, task.num_fewshot) for task in sweep.evaluation.tasks] == [
+        ("arc_easy", 32, 0),
+        ("winogrande", 32, 0),
+        ("gsm8k_cot", 4, 8),
+    ]
+    written = yaml.safe_load(resolved(sweep))
+    assert "suite" not in written["evaluation"]
+    assert parse_sweep(written, "sweep.yaml") == sweep
+    corpora, tasks = expected_tasks(written)
+    assert (corpora, tasks) == ([], ["arc_easy", "winogrande", "gsm8k_cot"])
+
+
+def test_a_task_beside_a_suite_overrides_the_suites(make_sweep):
+    own = [{"name": "piqa", "limit": 5}, {"name": "arc_easy", "limit": 7}]
+    sweep = make_sweep(evaluation={"suite": "smoke", "tasks": own})
+    assert [(task.name, task.limit) for task in sweep.evaluation.tasks] == [
+        ("winogrande", 32),
+        ("gsm8k_cot", 4),
+        ("piqa", 5),
+        ("arc_easy", 7),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "words"),
+    [
+        ({"suite": "ofline"}, "evaluation: suite: unknown suite 'ofline': did you mean 'offline'?"),
+        ({"suite": 3}, "evaluation: suite: unknown suite 3"),
+        ({"suite": "smoke", "tasks": "piqa"}, "evaluation.tasks = 'piqa': must be a list"),
+        ({"suite": "smoke", "tasks": [{"name": "piqq"}]}, "unknown task 'piqq'"),
+        ({"suite": "openpangu-18"}, "task humaneval runs programs that the model wrote, in a sandbox, and only where"),
+        ({"suit": "smoke"}, "unknown key 'suit'; did you mean 'suite'"),
+    ],
+)
+def test_suites_refused(make_document, evaluation, words):
+    with pytest.raises(BitatlasError) as caught:
+        parse_sweep(make_document(evaluation=evaluation), "study.yaml")
+    assert words in str(caught.value)
+
+
+def test_a_suite_that_runs_programs_may_where_it_is_allowed(make_sweep):
+    assert len(make_sweep(evaluation={"suite": "openpangu-18", "allow_code_execution": True}).evaluation.tasks) == 18
