@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from evaluators import packaged
 from evaluators.errors import EvaluationError
+from evaluators.slices import documents_of, num_units
 from evaluators.tasks import (
     GROUPS,
     TASKS,
@@ -24,15 +25,16 @@ from evaluators.tasks import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from evaluators.generation import Generated
     from evaluators.packaged_task import PackagedTask
     from evaluators.scorer import Scorer
+    from evaluators.slices import Slice
 
-# Part of every task's identity: raise it when `scorer`, what it runs on or `head` changes so that a score may differ in
-# its last bits.
-SCORER_VERSION = "2"
+# Part of every task's identity: raise it when `scorer`, what it runs on, `head` or the units of `slices` change so that
+# a score may differ in its last bits.
+SCORER_VERSION = "3"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +145,47 @@ def _load(name: str, num_fewshot: int | None) -> PackagedTask:
     )
 
 
+def count_units(name: str, *, limit: int | None = None, num_fewshot: int | None = None) -> int:
+    """The most slices that a task can be cut into; opens its data.
+
+    Args:
+        name: a key of `TASKS` or `GROUPS`.
+        limit: as `evaluate_task` takes it.
+        num_fewshot: as `evaluate_task` takes it.
+
+    Raises:
+        EvaluationError: no such task, examples from a split that is not packaged, or a metric that cannot be put
+            together from slices.
+    """
+    check_task(name)
+    tasks = {subtask: _load(subtask, num_fewshot) for subtask in subtasks_of(name)}
+    check_slices(name, tasks)
+    return num_units(_sizes(tasks, limit).values())
+
+
+def check_slices(name: str, tasks: Mapping[str, PackagedTask]) -> None:
+    """Refuse to cut a task whose metrics are not means over its documents.
+
+    Raises:
+        EvaluationError: names the metric.
+    """
+    from lm_eval.api.metrics import mean
+
+    for task in tasks.values():
+        for metric, aggregation in task.aggregation().items():
+            if aggregation is not mean:
+                raise EvaluationError(
+                    f"task {name} cannot be cut into slices, because its metric {metric} is not a mean over documents: "
+                    "set slices to 1"
+                )
+
+
+def _sizes(tasks: Mapping[str, PackagedTask], limit: int | None) -> dict[str, int]:
+    """How many documents of each task are scored."""
+    sizes = {name: len(task.eval_docs) for name, task in tasks.items()}
+    return sizes if limit is None else {name: min(size, limit) for name, size in sizes.items()}
+
+
 def task_identity(name: str, num_fewshot: int | None = None) -> dict[str, str]:
     """What a task's scores depend on besides model and options, for a job's content hash.
 
@@ -174,6 +217,7 @@ def evaluate_task(
     num_fewshot: int | None = None,
     seed: int = 0,
     allow_code_execution: bool = False,
+    part: Slice | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> TaskResult:
     """Score a model on one task.
@@ -187,11 +231,13 @@ def evaluate_task(
         num_fewshot: examples in the prompt; None is the task's own default.
         seed: of the choice of examples, and of what is drawn where a task draws.
         allow_code_execution: whether programs that the model wrote may be run, in the sandbox.
-        progress: called with distinct inputs (or texts) done and their number.
+        part: score this slice alone; `merging.merge` puts all of them together. None scores the whole task.
+        progress: called with requests done and their number.
 
     Raises:
         EvaluationError: no such task, one that runs programs where that is not allowed, a limit below 1, examples from
-            a split that is not packaged, or a model that cannot be split into decoder and head.
+            a split that is not packaged, a slice of a task that cannot be cut, or a model that cannot be split into
+            decoder and head.
     """
     check_task(name)
     check_permission(name, allow_code_execution=allow_code_execution)
@@ -208,22 +254,32 @@ def evaluate_task(
     tasks = {subtask: _load(subtask, num_fewshot) for subtask in names}
     for task in tasks.values():
         task.set_fewshot_seed(seed=seed)
+    scored = tasks if part is None else _cut(name, tasks, part, limit)
     scorer = Scorer(model, tokenizer, seed=seed, progress=progress)
-    found = evaluate(lm=scorer, task_dict={"tasks": tasks}, limit=limit, confirm_run_unsafe_code=allow_code_execution)
-    first = tasks[names[0]]
+    found = evaluate(lm=scorer, task_dict={"tasks": scored}, limit=limit, confirm_run_unsafe_code=allow_code_execution)
+    first, first_name = tasks[names[0]], next(iter(scored))
     items = [item for subtask in _items_by_task(name, tasks, found["samples"], scorer) for item in subtask]
-    metrics = _group_metrics([_metrics(found, subtask) for subtask in names])
+    metrics = group_metrics([_metrics(found, subtask) for subtask in scored])
     return TaskResult(
         name=name,
-        version=str(found["versions"][names[0]]),
-        num_fewshot=int(found["n-shot"][names[0]]),
+        version=str(found["versions"][first_name]),
+        num_fewshot=int(found["n-shot"][first_name]),
         split=first.scored_split,
         protocol_split=first.protocol_split,
         num_truncated=scorer.num_truncated,
         scoring=scorer.scoring,
-        metrics=metrics + _text_metrics(items),
+        metrics=metrics + text_metrics(items),
         items=items,
     )
+
+
+def _cut(name: str, tasks: Mapping[str, PackagedTask], part: Slice, limit: int | None) -> dict[str, PackagedTask]:
+    """The tasks that have documents in a slice; each is told which."""
+    check_slices(name, tasks)
+    chosen = documents_of(part, _sizes(tasks, limit))
+    for subtask, documents in chosen.items():
+        tasks[subtask].documents = documents
+    return {subtask: tasks[subtask] for subtask in chosen}
 
 
 def _metrics(found: dict[str, Any], task: str) -> list[Metric]:
@@ -252,7 +308,7 @@ def _metric_name(metric: str, answer_filter: str) -> str:
     return metric if answer_filter == "none" else f"{metric},{answer_filter}"
 
 
-def _group_metrics(by_task: Sequence[Sequence[Metric]]) -> list[Metric]:
+def group_metrics(by_task: Sequence[Sequence[Metric]]) -> list[Metric]:
     """The metrics of a group: lm-eval's own means over all documents and pooled standard errors."""
     from lm_eval.api.metrics import aggregate_subtask_metrics, pooled_sample_stderr
 
@@ -273,7 +329,7 @@ def _group_metrics(by_task: Sequence[Sequence[Metric]]) -> list[Metric]:
     return metrics
 
 
-def _text_metrics(items: Sequence[Item]) -> list[Metric]:
+def text_metrics(items: Sequence[Item]) -> list[Metric]:
     """How many generated texts were cut at their longest length, and how many end in a loop."""
     rates = {"cut_rate": [item.is_cut for item in items], "loop_rate": [item.is_loop for item in items]}
     metrics = []
@@ -292,7 +348,7 @@ def _items_by_task(
     before = 0
     for subtask, task in tasks.items():
         by_document: dict[int, list[dict[str, Any]]] = {}
-        for sample in samples[subtask]:  # one per document and filter
+        for sample in samples.get(subtask, ()):  # one per document and filter; a slice may have none
             by_document.setdefault(int(sample["doc_id"]), []).append(sample)
         group = subtask if name in GROUPS else None
         yield [

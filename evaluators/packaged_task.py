@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lm_eval.tasks
+from lm_eval.api.samplers import FirstNSampler
 from lm_eval.api.task import ConfigurableTask
 
 from evaluators.code_tasks import sandboxed_code_eval
@@ -29,7 +30,11 @@ class PackagedTask(ConfigurableTask):  # type: ignore[misc]  # lm_eval is untype
         protocol_split: the split that lm-eval's definition scores.
         scored_split: the split that is scored here.
         hub_data: identities of what came from the Hub or its cache; empty where all is packaged.
+        documents: the documents that are scored, by their numbers in the split, where it is not all of them.
     """
+
+    documents: range | None = None
+    _is_building = False
 
     def __init__(self, config: dict[str, Any]) -> None:
         """Take lm-eval's configuration with three keys of ours, added by `load_task`: class, splits, scored_split."""
@@ -93,8 +98,29 @@ class PackagedTask(ConfigurableTask):  # type: ignore[misc]  # lm_eval is untype
 
     def build_all_requests(self, **options: Any) -> None:
         """Build the requests as lm-eval does, without its progress bar."""
+        self._is_building = True
         with quiet():
             super().build_all_requests(**options)
+        self._is_building = False
+        if self.documents is not None:
+            self._instances: list[Any] = [request for request in self.instances if request.doc_id in self.documents]
+
+    def doc_iterator(self, **options: Any) -> Iterator[tuple[int, Any]]:
+        """Documents with their numbers in the split: of a slice its own, numbered as in the whole."""
+        # lm-eval's own way to choose documents, `samples`, numbers them anew and draws other examples. Examples
+        # are drawn document after document, so those before a slice must draw theirs.
+        every = super().doc_iterator(**options)
+        if self.documents is None:
+            yield from every
+            return
+        first = 0 if self._is_building and self._draws_examples else self.documents.start
+        for doc_id, document in every:
+            if first <= doc_id < self.documents.stop:
+                yield doc_id, document
+
+    @property
+    def _draws_examples(self) -> bool:
+        return bool(self.config.num_fewshot) and not isinstance(getattr(self, "sampler", None), FirstNSampler)
 
 
 def _on_hub(config: Mapping[str, Any], split: str) -> HubSplit:

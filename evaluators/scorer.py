@@ -2,16 +2,18 @@
 
 What is saved: each distinct prefix is computed once (`prefix_tree`), nothing is padded, the head runs only where a
 continuation is scored. What is equal: tokenization, split, truncation and BOS, so scores agree with HFLM within float
-error. A plan depends on the set of requests and the model's shape alone, so a score does not depend on the machine.
+error. A plan depends on the requests of one unit of documents (`slices`) and the model's shape alone, so a score
+depends neither on the machine nor on what else is scored.
 Shape letters: T tokens of a pack, M targets, H hidden.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,10 +25,11 @@ from evaluators.generation import Generated, Generator
 from evaluators.head import log_probabilities_at, split
 from evaluators.padded_rows import RowRunner, row_packs_of, rows_of
 from evaluators.prefix_tree import Segment, num_distinct_tokens, packs_of, segments_of
+from evaluators.slices import unit_of
 from evaluators.tree_attention import TreeRunner, cost_for, reason_against
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from evaluators.prefix_tree import Tokens
 
@@ -65,6 +68,21 @@ class Work:
     scored_positions: int = 0
 
 
+@dataclass(frozen=True)
+class _Unit:
+    """Requests of one unit of documents, by their places among all."""
+
+    task: str | None
+    number: int | None
+    indices: list[int] = field(default_factory=list, compare=False)
+
+    def seed(self, seed: int) -> int:
+        """Where texts are drawn, each unit draws otherwise, whatever was drawn before it."""
+        if self.number is None:
+            return seed
+        return int.from_bytes(hashlib.sha256(f"{seed} {self.task} {self.number}".encode()).digest()[:7], "big")
+
+
 class Scorer(TemplateLM):  # type: ignore[misc]  # lm_eval is untyped
     """An lm-eval `LM` around a transformers causal language model that is already in memory.
 
@@ -94,7 +112,7 @@ class Scorer(TemplateLM):  # type: ignore[misc]  # lm_eval is untyped
             tokenizer: its tokenizer.
             pack_tokens: most tokens of one forward pass; a longer segment runs alone.
             seed: of what is drawn when texts are generated.
-            progress: called with distinct inputs (or texts) done and their number.
+            progress: called with requests done and their number.
 
         Raises:
             EvaluationError: the model cannot be split into decoder and head, or the tokenizer has neither BOS nor EOS.
@@ -112,6 +130,7 @@ class Scorer(TemplateLM):  # type: ignore[misc]  # lm_eval is untyped
         self._seed = seed
         self._end_tokens = _end_tokens(model, tokenizer)
         self._progress = progress
+        self._before, self._total = 0, 0  # requests of earlier units, and of all
         prefix = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         if prefix is None:
             raise EvaluationError(f"{type(tokenizer).__name__} has neither a BOS nor an EOS token: set one of them")
@@ -137,8 +156,12 @@ class Scorer(TemplateLM):  # type: ignore[misc]  # lm_eval is untyped
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         """Log-likelihood of each request's continuation, and whether greedy decoding would produce it."""
-        scores: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
-        return scores
+        del disable_tqdm
+        scores: dict[int, tuple[float, bool]] = {}
+        for unit in self._units(requests):
+            found = super().loglikelihood([requests[index] for index in unit.indices], disable_tqdm=True)
+            scores |= dict(zip(unit.indices, found, strict=True))
+        return [scores[index] for index in range(len(requests))]
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Refused: no supported task needs it."""
@@ -154,22 +177,35 @@ class Scorer(TemplateLM):  # type: ignore[misc]  # lm_eval is untyped
         del disable_tqdm
         texts: dict[int, Generated] = {}
         generator = Generator(self._model, self.tokenizer, self._end_tokens)
-        groups: dict[str, list[int]] = defaultdict(list)
-        for index, request in enumerate(requests):
-            groups[json.dumps(request.args[1], sort_keys=True)].append(index)
-        for arguments, indices in groups.items():
-            decoding = decoding_of(json.loads(arguments), seed=self._seed)
-            contexts = [self._context(requests[index].args[0], decoding) for index in indices]
-            found = generator.generate(
-                contexts,
-                decoding,
-                pack_tokens=self._pack_tokens,
-                progress=self._progress_after(len(texts), len(requests)),
-            )
-            texts |= dict(zip(indices, found, strict=True))
+        for unit in self._units(requests):
+            groups: dict[str, list[int]] = defaultdict(list)
+            for index in unit.indices:
+                groups[json.dumps(requests[index].args[1], sort_keys=True)].append(index)
+            for arguments, indices in groups.items():
+                decoding = decoding_of(json.loads(arguments), seed=unit.seed(self._seed))
+                contexts = [self._context(requests[index].args[0], decoding) for index in indices]
+                found = generator.generate(
+                    contexts,
+                    decoding,
+                    pack_tokens=self._pack_tokens,
+                    progress=self._progress_after(len(texts), len(requests)),
+                )
+                texts |= dict(zip(indices, found, strict=True))
         for index, request in enumerate(requests):
             self.generated[request.task_name, request.doc_id].append(texts[index])
         return [texts[index].text for index in range(len(requests))]
+
+    def _units(self, requests: Sequence[Any]) -> Iterator[_Unit]:
+        """Requests that are scored together, unit by unit; those that name no document are one unit."""
+        units: dict[_Unit, _Unit] = {}
+        for index, request in enumerate(requests):
+            number = None if request.doc_id is None else unit_of(request.doc_id)
+            unit = _Unit(request.task_name, number)
+            units.setdefault(unit, unit).indices.append(index)
+        self._before, self._total = 0, len(requests)
+        for unit in units:
+            yield unit
+            self._before += len(unit.indices)
 
     def _progress_after(self, before: int, total: int) -> Callable[[int, int], None] | None:
         progress = self._progress
@@ -210,8 +246,9 @@ class Scorer(TemplateLM):  # type: ignore[misc]  # lm_eval is untyped
                 sheet.note(log_probabilities_M.tolist(), greedy_M.tolist())
             self.work.scored_positions += len(nodes)
             done += sum(segment.num_finished for segment in pack)
-            if self._progress is not None:
-                self._progress(done, len(inputs))
+            if self._progress is not None:  # inputs are as many requests as there are to one on average
+                in_unit = len(requests) * done // len(inputs)
+                self._progress(self._before + in_unit, max(self._total, len(requests)))
         return [sheet.score(item) for item in wanted]
 
     def _hidden(

@@ -8,6 +8,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 from evaluators import scorer as scorer_module
+from evaluators import slices
 from evaluators.errors import EvaluationError
 from evaluators.scorer import Scorer
 
@@ -145,9 +146,45 @@ def test_progress(model, tokenizer):
     calls = []
     scorer = Scorer(model, tokenizer, pack_tokens=40, progress=lambda done, total: calls.append((done, total)))
     scorer.loglikelihood(requests(PAIRS))
-    assert [total for _, total in calls] == [8] * len(calls)  # " east" and " west" share an input, one pair repeats
+    assert [total for _, total in calls] == [len(PAIRS)] * len(calls)
     assert [done for done, _ in calls] == sorted(done for done, _ in calls)
-    assert calls[-1] == (8, 8)
+    assert calls[-1] == (10, 10)
+
+
+def of_documents(pairs, task, first=0):
+    """Requests as lm-eval makes them of documents: of one task, numbered."""
+    return [
+        Instance(request_type="loglikelihood", doc={}, arguments=pair, idx=0, metadata=(task, first + number, 1))
+        for number, pair in enumerate(pairs)
+    ]
+
+
+def test_units_are_scored_as_if_each_were_alone(make_llama, tokenizer, monkeypatch):
+    import torch
+
+    monkeypatch.setattr(slices, "UNIT_DOCUMENTS", 3)
+    model = make_llama().to(torch.bfloat16)
+    one, other = of_documents(PAIRS, "one"), of_documents(PAIRS[:4], "other")
+    calls = []
+    scorer = Scorer(model, tokenizer, progress=lambda done, total: calls.append((done, total)))
+    mixed = [request for pair in zip(one[:4], other, strict=True) for request in pair] + one[4:]
+    found = dict(zip(map(id, mixed), scorer.loglikelihood(mixed), strict=True))
+    assert [done for done, _ in calls] == sorted(done for done, _ in calls)
+    assert {total for _, total in calls} == {14}
+    assert calls[-1] == (14, 14)
+    for requests_of_task in (one, other):
+        for start in range(0, len(requests_of_task), 3):
+            unit = requests_of_task[start : start + 3]
+            assert [found[id(request)] for request in unit] == Scorer(model, tokenizer).loglikelihood(unit)
+
+
+def test_texts_are_drawn_otherwise_in_each_unit(model, tokenizer, monkeypatch):
+    """And as if each unit were alone."""
+    asked = generation_requests(["The sun rises"] * 4, max_gen_toks=12, temperature=1.0)
+    monkeypatch.setattr(slices, "UNIT_DOCUMENTS", 2)
+    texts = Scorer(model, tokenizer).generate_until(asked)
+    assert len(set(texts)) == 4
+    assert texts[2:] == Scorer(model, tokenizer).generate_until(asked[2:])
 
 
 def test_rolling_requests_are_refused(model, tokenizer):
