@@ -126,11 +126,15 @@ class PerplexityConfig(_Strict):
 
 
 class TaskConfig(_Strict):
-    """An lm-eval task; `limit` items (None: all), `num_fewshot` shots (None: the task's own)."""
+    """An lm-eval task; `limit` items (None: all), `num_fewshot` shots (None: the task's own), cut into `slices`.
+
+    Slices change who scores what, and no row: identities leave them out.
+    """
 
     name: TaskName
     limit: int | None = Field(default=None, ge=1)
     num_fewshot: int | None = Field(default=None, ge=0)
+    slices: int = Field(default=1, ge=1)
 
 
 class EvaluationConfig(_Strict):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from evaluators.corpora import Corpus, calibration_windows, evaluation_windows
 from evaluators.errors import EvaluationError
-from evaluators.harness import check_protocol, task_identity
+from evaluators.harness import check_protocol, count_units, task_identity
 from orchestrator.config import CalibrationConfig, PerplexityConfig, Sweep, TaskConfig
 from orchestrator.errors import BitatlasError
 from orchestrator.models.checkpoint import checkpoint_digest
@@ -68,6 +68,7 @@ def prepare(sweep: Sweep, file: str) -> Inputs:
     windows: dict[tuple[str, str], Windows] = {}
     tokens: dict[tuple[str, str], str] = {}
     evaluations: dict[tuple[str, str], str] = {}
+    units: dict[str, int] = {}
     for index, model in enumerate(sweep.models):
         where = f"{file}: models[{index}].source"
         found = _find(model.source, model.dtype, where)
@@ -93,8 +94,13 @@ def prepare(sweep: Sweep, file: str) -> Inputs:
             evaluations[model.name, corpus.key] = _perplexity_hash(corpus, ids)
         for number, task in enumerate(sweep.evaluation.tasks):
             evaluations[model.name, task.key] = _task_hash(task, f"{file}: evaluation.tasks[{number}]")
+            if task.slices > 1 and task.key not in units:
+                units[task.key] = _units(task, f"{file}: evaluation.tasks[{number}]")
     identities = Identities(
-        models={name: found.digest for name, found in models.items()}, calibrations=tokens, evaluations=evaluations
+        models={name: found.digest for name, found in models.items()},
+        calibrations=tokens,
+        evaluations=evaluations,
+        units=units,
     )
     return Inputs(
         models=models,
@@ -184,6 +190,14 @@ def _task_hash(task: TaskConfig, where: str) -> str:
     try:
         check_protocol(task.name, task.num_fewshot)
         return content_hash([_TASK_VERSION, task_identity(task.name, task.num_fewshot), task.limit, task.num_fewshot])
+    except EvaluationError as error:
+        raise BitatlasError(f"{where}: {error}") from error
+
+
+def _units(task: TaskConfig, where: str) -> int:
+    """The most slices that a task can be cut into."""
+    try:
+        return count_units(task.name, limit=task.limit, num_fewshot=task.num_fewshot)
     except EvaluationError as error:
         raise BitatlasError(f"{where}: {error}") from error
 

@@ -1,4 +1,4 @@
-"""What a perplexity evaluation measured -> metrics, items and protocol of its rows. Pure."""
+"""What an evaluation measured -> metrics, items and protocol of its rows. Pure."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from evaluators.divergence import DivergenceResult
+    from evaluators.harness import TaskResult
     from evaluators.perplexity import PerplexityResult
     from orchestrator.config import PerplexityConfig
 
@@ -37,6 +38,58 @@ def perplexity_outcome(asked: PerplexityConfig, result: PerplexityResult) -> dic
         "tokens": result.num_tokens,
     } | asked.protocol
     return {"metrics": [metric], "items": items, "protocol": protocol}
+
+
+def task_outcome(result: TaskResult, *, limit: int | None, is_fp: bool) -> dict[str, Any]:
+    """Metrics, items, protocol and warnings of a task.
+
+    Args:
+        result: of the whole task.
+        limit: as it was asked for.
+        is_fp: whether it is the unquantized model's, of which a score at chance is warned.
+    """
+    import importlib.metadata
+
+    from evaluators.gate import chance_warning
+
+    metrics = [
+        {
+            "metric": metric.name,
+            "value": metric.value,
+            "stderr": metric.stderr,
+            "n": metric.n,
+            "higher_is_better": metric.higher_is_better,
+        }
+        for metric in result.metrics
+    ]
+    items = [
+        {
+            "doc_id": item.doc_id,
+            "subtask": item.subtask,
+            "log_likelihoods": item.log_likelihoods,
+            "target": item.target,
+            "answer": item.answer,
+            "answer_tokens": item.answer_tokens,
+            "is_cut": item.is_cut,
+            "is_loop": item.is_loop,
+            "metric": name,
+            "value": value,
+        }
+        for item in result.items
+        for name, value in item.correct.items()
+    ]
+    protocol = {
+        "num_fewshot": result.num_fewshot,
+        "limit": limit,
+        "split": result.split,
+        "protocol_split": result.protocol_split,
+        "truncated": result.num_truncated,
+        "scoring": result.scoring,
+        "task_version": result.version,
+        "lm_eval": importlib.metadata.version("lm-eval"),
+    }
+    warning = chance_warning(result.items) if is_fp else None
+    return {"metrics": metrics, "items": items, "protocol": protocol, "warnings": [warning] if warning else []}
 
 
 def divergence_outcome(found: DivergenceResult, facts: dict[str, Any]) -> dict[str, Any]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from evaluators.corpora import Corpus
+from evaluators.slices import Slice
 from orchestrator.config import CalibrationConfig, PerplexityConfig, Sweep, TaskConfig
 from orchestrator.scheme import FP, UNQUANTIZED_BITS, Scheme
 
@@ -23,11 +24,13 @@ class Identities:
         models: model name -> hash of its weights, configuration and tokenizer.
         calibrations: (model name, the calibration's `key`) -> hash of the calibration tokens.
         evaluations: (model name, the evaluation's `key`) -> hash of the tokens, or of the task with its data.
+        units: a sliced task's `key` -> the most slices that it can be cut into.
     """
 
     models: Mapping[str, str]
     calibrations: Mapping[tuple[str, str], str]
     evaluations: Mapping[tuple[str, str], str]
+    units: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +74,8 @@ class Job:
         id: content hash: the same id means the same outcome.
         evaluation: what to measure; None for quantizing.
         needs: id of the job that must be finished first.
+        slice: which part of the task to measure; None for all of it.
+        whole_id: of a slice: the id of the job that measures the whole task, under which its rows will stand.
     """
 
     id: str
@@ -78,6 +83,13 @@ class Job:
     cell: Cell
     evaluation: Evaluation | None = None
     needs: str | None = None
+    slice: Slice | None = None
+    whole_id: str | None = None
+
+    @property
+    def whole(self) -> Job:
+        """The job that measures all of the task; itself where nothing is cut."""
+        return self if self.whole_id is None else replace(self, id=self.whole_id, slice=None, whole_id=None)
 
     @property
     def task(self) -> str:
@@ -86,8 +98,8 @@ class Job:
 
     @property
     def label(self) -> str:
-        """`smollm2-135m gptq-w4-g64: arc_easy`."""
-        return f"{self.cell.label}: {self.task}"
+        """`smollm2-135m gptq-w4-g64: arc_easy`, and ` 2/3` of a slice."""
+        return f"{self.cell.label}: {self.task}" + ("" if self.slice is None else f" {self.slice}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,23 +146,37 @@ def make_plan(sweep: Sweep, identities: Identities) -> Plan:
         if cell.scheme
     }
     evaluations: list[Evaluation] = [*sweep.evaluation.perplexity, *sweep.evaluation.tasks]
-    evaluate = [
-        Job(
-            id=content_hash(["evaluate", cell.key, identities.evaluations[cell.model, evaluation.key]])[:16],
-            kind="evaluate",
-            cell=cell,
-            evaluation=evaluation,
-            needs=quantize[cell.key].id if cell.scheme else None,
-        )
-        for cell in cells.values()
-        for evaluation in evaluations
-    ]
+    wholes: dict[str, Job] = {}
+    for cell in cells.values():
+        for evaluation in evaluations:
+            job = Job(
+                id=content_hash(["evaluate", cell.key, identities.evaluations[cell.model, evaluation.key]])[:16],
+                kind="evaluate",
+                cell=cell,
+                evaluation=evaluation,
+                needs=quantize[cell.key].id if cell.scheme else None,
+            )
+            wholes.setdefault(job.id, job)
+    evaluate = [part for whole in wholes.values() for part in _cut(whole, identities.units)]
     jobs = [
         *(job for job in evaluate if job.needs is None),
         *sorted(quantize.values(), key=lambda job: job.cell.calibration is None),
         *(job for job in evaluate if job.needs is not None),
     ]
     return Plan(cells=tuple(cells.values()), jobs=tuple({job.id: job for job in jobs}.values()))
+
+
+def _cut(whole: Job, units: Mapping[str, int]) -> Iterator[Job]:
+    """The slices of a task, as many as are asked for and as it has units; a job that is not cut, as it is."""
+    evaluation = whole.evaluation
+    asked = evaluation.slices if isinstance(evaluation, TaskConfig) else 1
+    count = 1 if evaluation is None or asked == 1 else min(asked, units[evaluation.key])
+    if count == 1:
+        yield whole
+        return
+    for index in range(count):
+        job_id = content_hash(["slice", whole.id, index, count])[:16]
+        yield replace(whole, id=job_id, slice=Slice(index, count), whole_id=whole.id)
 
 
 def _cell(

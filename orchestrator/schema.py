@@ -117,13 +117,30 @@ LAYERS = Table(
     },
 )
 
+# One row per finished slice of a task whose other slices are not finished yet. Nobody reads it but the driver: when the
+# last slice is done, the task's rows are put into results and items, and its slices' go.
+SLICES = Table(
+    "slices",
+    {
+        "sweep": "string",
+        "cell_id": "string",
+        "job_id": "string",
+        "whole_id": "string",  # the job_id of the rows to come
+        "outcome": "string",  # JSON of what the worker found
+        "worker": "string",
+        "device": "string",
+        "started_at": _TIMESTAMP,
+        "finished_at": _TIMESTAMP,
+    },
+)
+
 # What happened to each job: planned work is not here, only what was tried.
 EVENTS = Table(
     "events",
     {
         "sweep": "string",
         "session": "string",  # one start of the driver
-        # session_started|started|finished|reused|failed|retried|worker_lost|warning|session_ended
+        # session_started|started|finished|reused|merged|failed|retried|worker_lost|warning|session_ended
         "event": "string",
         "job_id": "string",
         "cell_id": "string",
@@ -139,4 +156,4 @@ EVENTS = Table(
     },
 )
 
-TABLES = {table.name: table for table in (RESULTS, ITEMS, LAYERS, EVENTS)}
+TABLES = {table.name: table for table in (RESULTS, ITEMS, LAYERS, SLICES, EVENTS)}

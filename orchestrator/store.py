@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import secrets
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -108,8 +108,12 @@ class Store:
                 if path.name not in committed:
                     path.unlink(missing_ok=True)
 
-    def forget(self, job_ids: Iterable[str]) -> None:
+    def forget(self, job_ids: Iterable[str], tables: Collection[Table] | None = None) -> None:
         """Drop the rows of jobs that are about to be tried again; their events stay.
+
+        Args:
+            job_ids: whose rows.
+            tables: to look into; None is all that hold rows of jobs.
 
         Raises:
             BitatlasError: the disk is full or read-only.
@@ -121,10 +125,8 @@ class Store:
         forgotten = pa.array(sorted(set(job_ids)), pa.string())
         if not len(forgotten):
             return
-        for name in TABLES:
-            if name == EVENTS.name:
-                continue
-            for path in sorted(self._layout.table(name).glob("*.parquet")):
+        for table in tables or [table for table in TABLES.values() if table is not EVENTS]:
+            for path in sorted(self._layout.table(table.name).glob("*.parquet")):
                 ids = pq.read_table(path, columns=["job_id"])["job_id"]
                 keep = pc.invert(pc.is_in(ids, forgotten))
                 if pc.all(keep).as_py():
@@ -151,11 +153,11 @@ def read_table(directory: Path, table: Table) -> pa.Table:
 
 
 def job_states(directory: Path) -> dict[str, str]:
-    """Job id -> `finished` or `failed`, whichever came last; jobs with neither are left out."""
+    """Job id -> `finished` (itself, or in slices) or `failed`, whichever came last; jobs with neither are left out."""
     import pyarrow.compute as pc
 
     events = read_table(directory, EVENTS)
-    ended = events.filter(pc.field("event").isin(["finished", "reused", "failed"])).sort_by("at")
+    ended = events.filter(pc.field("event").isin(["finished", "reused", "merged", "failed"])).sort_by("at")
     return {
         job_id: "failed" if event == "failed" else "finished"
         for job_id, event in zip(ended["job_id"].to_pylist(), ended["event"].to_pylist(), strict=True)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
 import yaml
 
 from cluster.failures import Failure
-from cluster.pool import Completion, Pool
+from cluster.pool import Completion, Pool, WorkerInfo
 from orchestrator.artifacts import remove_unfinished
 from orchestrator.config import Sweep, resolved
 from orchestrator.errors import BitatlasError
@@ -20,7 +20,9 @@ from orchestrator.layout import Layout
 from orchestrator.plan import Job, Plan
 from orchestrator.rows import failure_row, outcome_rows
 from orchestrator.schedule import Schedule
-from orchestrator.store import Store, job_states
+from orchestrator.schema import SLICES, TABLES
+from orchestrator.slices import merged_outcome, slice_row, workers_of
+from orchestrator.store import Store, job_states, read_table
 from orchestrator.view import View
 from orchestrator.worker import payload_of
 
@@ -65,10 +67,15 @@ def claim_output(layout: Layout, sweep: Sweep) -> None:
 
 
 def finished_jobs(layout: Layout, plan: Plan) -> set[str]:
-    """Ids of the plan's jobs that need not be done again: their rows are in the store, and a quantizing job's
-    artifact is still there for the evaluations that are missing."""
+    """Ids of the plan's jobs that need not be done again: their rows are in the store (a slice's own, or its whole
+    task's), and a quantizing job's artifact is still there for the evaluations that are missing."""
     states = job_states(layout.root) if layout.sweep.exists() else {}
-    finished = {job.id for job in plan.jobs if states.get(job.id) == "finished"}
+    kept = set(read_table(layout.root, SLICES)["job_id"].to_pylist()) if layout.sweep.exists() else set()
+    finished = {
+        job.id
+        for job in plan.jobs
+        if states.get(job.whole.id) == "finished" or (job.id in kept and states.get(job.id) == "finished")
+    }
     wanted = {job.needs for job in plan.jobs if job.id not in finished}
     return {
         job.id
@@ -89,6 +96,11 @@ class Driver:
         self._failures: list[str] = []
         self._warnings: list[str] = []
         self._finished = 0
+        self._slices: dict[str, list[Job]] = {}  # by the whole's id
+        for job in plan.jobs:
+            if job.slice is not None:
+                self._slices.setdefault(job.whole.id, []).append(job)
+        self._failed: set[str] = set()  # wholes that have their failed row
         self.stop = threading.Event()
 
     def run(self, view: View) -> Summary:
@@ -101,7 +113,8 @@ class Driver:
         self._write_sweep()
         remove_unfinished(self._layout.artifacts)
         done = finished_jobs(self._layout, self._plan)
-        self._store.forget(job.id for job in self._plan.jobs if job.id not in done)
+        self._store.forget(name for job in self._plan.jobs if job.id not in done for name in (job.id, job.whole.id))
+        self._forget_merged_slices()
         schedule = Schedule(self._plan.jobs, done)
         self._store.commit({"events": [self._event("session_started")]})
         view.begin(self._plan, schedule, self._pool.workers)
@@ -140,6 +153,12 @@ class Driver:
                 f"cannot write {self._layout.sweep} ({error.strerror}); choose another --out"
             ) from error
 
+    def _forget_merged_slices(self) -> None:
+        """Drop what is left of slices whose tasks have their rows."""
+        slices, states = read_table(self._layout.root, SLICES), job_states(self._layout.root)
+        pairs = zip(slices["job_id"].to_pylist(), slices["whole_id"].to_pylist(), strict=True)
+        self._store.forget((job for job, whole in pairs if states.get(whole) == "finished"), [SLICES])
+
     def _hand_out(self, schedule: Schedule) -> None:
         events = []
         for worker in sorted(set(self._pool.workers) - set(schedule.running)):
@@ -156,7 +175,7 @@ class Driver:
         completions = self._pool.wait(_POLL_SECONDS)
         if not completions:
             return
-        rows: dict[str, list[dict[str, Any]]] = {"results": [], "items": [], "layers": [], "events": []}
+        rows: dict[str, list[dict[str, Any]]] = {name: [] for name in TABLES}
         stopping: Failure | None = None
         for completion in completions:
             if completion.failure is None:
@@ -164,7 +183,14 @@ class Driver:
             else:
                 self._fail(schedule, completion, completion.failure, rows)
                 stopping = completion.failure if completion.failure.stops_sweep else stopping
+        merged = [
+            whole
+            for whole in dict.fromkeys(row["whole_id"] for row in rows["slices"])
+            if self._merge(whole, schedule, rows)
+        ]
         self._store.commit(rows)
+        if merged:
+            self._store.forget((job.id for whole in merged for job in self._slices[whole]), [SLICES])
         if stopping:
             raise BitatlasError(
                 f"a worker could not write to {self._layout.root} ({stopping.message}); what is done is kept and "
@@ -174,29 +200,81 @@ class Driver:
     def _finish(self, schedule: Schedule, completion: Completion, rows: dict[str, list[dict[str, Any]]]) -> None:
         job = schedule.finish(completion.worker)
         self._finished += 1
-        finished_at = datetime.now(UTC)
-        new = outcome_rows(
-            self._sweep.name,
-            job,
-            completion.result,
-            model=self._inputs.models[job.cell.model],
-            worker=self._pool.workers[completion.worker],
-            started_at=self._started[job.id],
-            finished_at=finished_at,
-        )
-        for table, added in new.items():
-            rows[table] += added
-        for warning in completion.result.get("warnings", ()):
-            self._warnings.append(f"{job.label}: {warning}")
-            rows["events"].append(self._event("warning", cell_id=job.cell.id, job=job.label, error=warning))
-        event = "reused" if completion.result["reused"] else "finished"
-        states = {row["status"] for row in new["results"]}
-        status = "non_finite" if "non_finite" in states else "ok"
+        worker, times = self._pool.workers[completion.worker], (self._started[job.id], datetime.now(UTC))
+        event, status = "reused" if completion.result.get("reused") else "finished", "ok"
+        if job.slice is None:
+            status = self._add_rows(job, completion.result, worker, times, rows)
+        else:
+            rows["slices"].append(
+                slice_row(
+                    self._sweep.name,
+                    job,
+                    completion.result,
+                    worker=worker,
+                    started_at=times[0],
+                    finished_at=times[1],
+                )
+            )
         rows["events"].append(
             self._job_event(
                 event, job, completion.worker, schedule.attempts[job.id], status=status, seconds=completion.seconds
             )
         )
+
+    def _add_rows(
+        self,
+        job: Job,
+        outcome: dict[str, Any],
+        worker: WorkerInfo,
+        times: tuple[datetime, datetime],
+        rows: dict[str, list[dict[str, Any]]],
+    ) -> str:
+        """Add what a job measured, with its warnings; the status of its event."""
+        new = outcome_rows(
+            self._sweep.name,
+            job,
+            outcome,
+            model=self._inputs.models[job.cell.model],
+            worker=worker,
+            started_at=times[0],
+            finished_at=times[1],
+        )
+        for table, added in new.items():
+            rows[table] += added
+        for warning in outcome.get("warnings", ()):
+            self._warnings.append(f"{job.label}: {warning}")
+            rows["events"].append(self._event("warning", cell_id=job.cell.id, job=job.label, error=warning))
+        return "non_finite" if "non_finite" in {row["status"] for row in new["results"]} else "ok"
+
+    def _merge(self, whole_id: str, schedule: Schedule, rows: dict[str, list[dict[str, Any]]]) -> bool:
+        """Put a task's rows where its last slices' would have been; whether it has no slice left to wait for.
+
+        The rows go into the batch of the last slice: that it is finished and that its task is are one fact.
+        """
+        jobs = self._slices[whole_id]
+        if not {job.id for job in jobs} <= schedule.finished:
+            return False
+        found = [*read_table(self._layout.root, SLICES).to_pylist(), *rows["slices"]]
+        by_id = {row["job_id"]: row for row in found if row["whole_id"] == whole_id}
+        parts, whole = [by_id[job.id] for job in jobs], jobs[0].whole
+        rows["slices"] = [row for row in rows["slices"] if row["whole_id"] != whole_id]
+        outcome = merged_outcome(whole, parts)
+        times = min(part["started_at"] for part in parts), max(part["finished_at"] for part in parts)
+        worker = workers_of(parts)
+        status = self._add_rows(whole, outcome, worker, times, rows)
+        rows["events"].append(
+            self._event(
+                "merged",
+                job_id=whole.id,
+                cell_id=whole.cell.id,
+                job=whole.label,
+                worker=worker.name,
+                device=worker.device,
+                status=status,
+                seconds=outcome["seconds"],
+            )
+        )
+        return True
 
     def _fail(
         self, schedule: Schedule, completion: Completion, failure: Failure, rows: dict[str, list[dict[str, Any]]]
@@ -214,11 +292,15 @@ class Driver:
             return
         self._failures.append(f"{job.label}: {failure.message}")
         rows["events"].append(self._job_event("failed", job, completion.worker, attempt, status="failed", **told))
+        if job.whole.id in self._failed:
+            return  # another slice of the task has failed already: one row says it
+        self._failed.add(job.whole.id)
+        where = "" if job.slice is None else f"slice {job.slice}: "
         rows["results"].append(
             failure_row(
                 self._sweep.name,
-                job,
-                failure,
+                job.whole,
+                replace(failure, message=where + failure.message),
                 worker=self._pool.workers.get(completion.worker),
                 started_at=self._started[job.id],
                 finished_at=datetime.now(UTC),

@@ -17,10 +17,17 @@ from orchestrator.artifacts import Artifact, ArtifactWriter, find_artifact
 from orchestrator.config import PerplexityConfig
 from orchestrator.inputs import Inputs, divergence_facts, evaluation_windows_of
 from orchestrator.layout import Layout
-from orchestrator.measured import divergence_outcome, examinable, own_divergence_outcome, perplexity_outcome
+from orchestrator.measured import (
+    divergence_outcome,
+    examinable,
+    own_divergence_outcome,
+    perplexity_outcome,
+    task_outcome,
+)
 from orchestrator.memory import PeakMemory
 from orchestrator.plan import Job
 from orchestrator.scheme import Scheme
+from orchestrator.slices import slice_outcome
 
 if TYPE_CHECKING:
     import numpy as np
@@ -65,6 +72,7 @@ def payload_of(job: Job, inputs: Inputs, layout: Layout) -> dict[str, Any]:
         payload["evaluation"] = job.evaluation.model_dump(mode="json")
         payload["windows"] = evaluation_windows_of(inputs, cell.model, job.evaluation)
         payload["allow_code_execution"] = inputs.allow_code_execution
+        payload["slice"] = job.slice
     return payload
 
 
@@ -93,7 +101,7 @@ class Worker:
 
         Returns:
             `seconds`, `peak_memory_bytes`, `reused`, `quantize_seconds`, `stored_bytes`, `layers` (quantize), and
-            `metrics`, `items`, `protocol`, `warnings` (evaluate).
+            `metrics`, `items`, `protocol`, `warnings` (evaluate), or `slice` (a slice of an evaluation).
         """
         import torch
 
@@ -279,8 +287,6 @@ class Worker:
         return record | {"window": first + record["window"]}
 
     def _task(self, evaluation: Mapping[str, Any], payload: Mapping[str, Any]) -> dict[str, Any]:
-        import importlib.metadata
-
         from evaluators.harness import evaluate_task
 
         result = evaluate_task(
@@ -290,50 +296,12 @@ class Worker:
             limit=evaluation["limit"],
             num_fewshot=evaluation["num_fewshot"],
             allow_code_execution=payload["allow_code_execution"],
+            part=payload["slice"],
             progress=self._progress(f"{evaluation['name']}: request"),
         )
-        metrics = [
-            {
-                "metric": metric.name,
-                "value": metric.value,
-                "stderr": metric.stderr,
-                "n": metric.n,
-                "higher_is_better": metric.higher_is_better,
-            }
-            for metric in result.metrics
-        ]
-        items = [
-            {
-                "doc_id": item.doc_id,
-                "subtask": item.subtask,
-                "log_likelihoods": item.log_likelihoods,
-                "target": item.target,
-                "answer": item.answer,
-                "answer_tokens": item.answer_tokens,
-                "is_cut": item.is_cut,
-                "is_loop": item.is_loop,
-                "metric": name,
-                "value": value,
-            }
-            for item in result.items
-            for name, value in item.correct.items()
-        ]
-        protocol = {
-            "num_fewshot": result.num_fewshot,
-            "limit": evaluation["limit"],
-            "split": result.split,
-            "protocol_split": result.protocol_split,
-            "truncated": result.num_truncated,
-            "scoring": result.scoring,
-            "task_version": result.version,
-            "lm_eval": importlib.metadata.version("lm-eval"),
-        }
-        warnings = []
-        if payload["artifact"] is None:
-            from evaluators.gate import chance_warning
-
-            warnings.append(chance_warning(result.items))
-        return {"metrics": metrics, "items": items, "protocol": protocol, "warnings": [w for w in warnings if w]}
+        if payload["slice"] is not None:
+            return slice_outcome(result)
+        return task_outcome(result, limit=evaluation["limit"], is_fp=payload["artifact"] is None)
 
     def _progress(self, what: str) -> Callable[[int, int], None]:
         return lambda done, total: self._report(f"{what} {done}/{total}")

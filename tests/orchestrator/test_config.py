@@ -61,6 +61,8 @@ REFUSED = [
         {"evaluation": {"tasks": [{"name": "piqa"}, {"name": "mbpp"}]}},
         "evaluation: tasks[1]: task mbpp runs programs that the model wrote, in a sandbox, and only where",
     ),
+    ({"evaluation": {"tasks": [{"name": "piqa", "slices": 0}]}}, "evaluation.tasks[0].slices = 0: must be"),
+    ({"evaluation": {"tasks": [{"name": "piqa", "slices": "auto"}]}}, "evaluation.tasks[0].slices = 'auto': must be"),
     ({"evaluation": {"perplexity": [{}]}}, "evaluation.perplexity[0].corpus is missing"),
     ({"evaluation": {"perplexity": [{"corpus": {"path": "x.md"}}]}}, "corpus path x.md must end in .txt or .jsonl"),
     ({"evaluation": {"perplexity": [{"corpus": {"pth": "x"}}]}}, "unknown corpus key 'pth': did you mean 'path'?"),
@@ -231,7 +233,7 @@ SWEEPS = st.fixed_dictionaries(
         "grid": st.lists(ENTRIES, min_size=1, max_size=3),
         "calibration": st.one_of(CALIBRATION, st.lists(CALIBRATION, min_size=1, max_size=2)),
         "evaluation": st.fixed_dictionaries(
-            {"tasks": st.just([{"name": "piqa", "limit": 3}])},
+            {"tasks": st.sampled_from([[{"name": "piqa", "limit": 3}], [{"name": "rte", "slices": 3}]])},
             optional={"perplexity": st.lists(PERPLEXITY | st.fixed_dictionaries({"corpus": CORPUS}), max_size=2)},
         ),
     },

@@ -236,6 +236,24 @@ def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(undisturbed, sweep_file
     assert values(out) == values(undisturbed[0])
 
 
+def test_slices_on_two_workers_give_the_rows_of_one(tiny_checkpoint, tmp_path):
+    outs = []
+    for count in (1, 3):
+        evaluation = {"tasks": [{"name": "arc_easy", "limit": 150, "slices": count}]}  # three units
+        file = write_sweep(tmp_path / f"{count}.yaml", tiny_checkpoint, grid=GRID[:1], evaluation=evaluation)
+        outs.append(tmp_path / f"out{count}")
+        code, output = run(file, outs[-1])
+        assert code == 0, output
+        assert_nothing_ran_twice(outs[-1])
+    assert "11 jobs" in output  # 3 cells x 3 slices, 2 of them quantized
+    workers = {row["worker"] for row in read_table(outs[1], EVENTS).to_pylist() if row["event"] == "finished"}
+    assert len(workers) == 2
+    assert values(outs[0]) == values(outs[1])
+    assert len(values(outs[1])["items"]) == 3 * 150 * 2
+    code, output = run(tmp_path / "1.yaml", outs[1])
+    assert (code, "done already" in output) == (0, True)
+
+
 RUNNING_CLUSTER = """
 import sys
 from ray.cluster_utils import Cluster

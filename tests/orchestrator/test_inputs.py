@@ -67,6 +67,31 @@ def test_ids_depend_on_a_corpus_file_s_text(tiny_sweep, tmp_path):
     }
 
 
+def test_slices_are_no_part_of_a_task_s_identity(tiny_sweep):
+    def found(**fields):
+        sweep = tiny_sweep(evaluation={"tasks": [{"name": "piqa", "limit": 300, **fields}]})
+        identities = prepare(sweep, "study.yaml").identities
+        (evaluation,) = identities.evaluations.values()
+        return evaluation, list(identities.units.values())
+
+    (whole, none), (sliced, units) = found(), found(slices=3)
+    assert sliced == whole
+    assert (none, units) == ([], [5])  # 300 documents are 5 units of 64
+
+
+def test_a_task_that_cannot_be_cut_is_refused_with_the_field(tiny_sweep, monkeypatch):
+    from lm_eval.api.metrics import f1_score
+    from lm_eval.api.task import ConfigurableTask
+
+    monkeypatch.setattr(ConfigurableTask, "aggregation", lambda _: {"f1": f1_score})
+    sweep = tiny_sweep(evaluation={"tasks": [{"name": "piqa"}, {"name": "rte", "slices": 2}]})
+    words = re.escape(
+        "study.yaml: evaluation.tasks[1]: task rte cannot be cut into slices, because its metric f1 is not"
+    )
+    with pytest.raises(BitatlasError, match=words):
+        prepare(sweep, "study.yaml")
+
+
 def evaluation_hash(sweep):
     ((_, found),) = prepare(sweep, "study.yaml").identities.evaluations.items()
     return found

@@ -16,7 +16,7 @@ def test_the_names_under_a_sweep_s_output():
         "atlas.md": layout.markdown,
     } | {name: layout.table(name) for name in TABLES}
     assert {name: Path("outputs/demo") / name for name in names} == names
-    assert set(TABLES) == {"results", "items", "layers", "events"}
+    assert set(TABLES) == {"results", "items", "layers", "slices", "events"}
 
 
 def test_an_artifact_s_directory_is_its_key_s_start():

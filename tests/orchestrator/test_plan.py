@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 
 import quantizers.rtn
-from orchestrator.plan import content_hash
+from evaluators.slices import Slice
+from orchestrator.plan import content_hash, make_plan
 
 CALIBRATION = {"corpus": "lambada", "samples": 2, "sequence_length": 64}
 
@@ -69,14 +70,77 @@ def test_equal_evaluations_become_one(make_sweep, plan_of):
 
 
 def test_one_model_under_two_names_is_measured_once_and_under_one_name(make_sweep, make_identities):
-    from orchestrator.plan import make_plan
-
     sweep = make_sweep(models=[{"name": name, "source": "somewhere/same"} for name in ("one", "two")])
     same = dataclasses.replace(make_identities(sweep), models={"one": "same", "two": "same"})
     tokens = {key: key[1] for key in same.calibrations}
     data = {key: key[1] for key in same.evaluations}
     plan = make_plan(sweep, dataclasses.replace(same, calibrations=tokens, evaluations=data))
     assert {cell.model for cell in plan.cells} == {"one"}
+
+
+@pytest.fixture
+def sliced_plan(make_sweep, make_identities):
+    """Of piqa in a number of slices, which has so many units."""
+
+    def make(count, units):
+        sweep = make_sweep(evaluation={"tasks": [{"name": "piqa", "slices": count}]})
+        identities = make_identities(sweep)
+        # What identifies a task knows nothing of slices.
+        evaluations = {(model, key): f"{model} piqa" for model, key in identities.evaluations}
+        (task,) = sweep.evaluation.tasks
+        return make_plan(sweep, dataclasses.replace(identities, evaluations=evaluations, units={task.key: units}))
+
+    return make
+
+
+def test_a_task_in_slices(sliced_plan):
+    whole, sliced = sliced_plan(1, 9), sliced_plan(3, 9)
+    assert [job.label for job in sliced.jobs if job.cell.method in {"fp", "gptq"}] == [
+        "tiny fp: piqa 1/3",
+        "tiny fp: piqa 2/3",
+        "tiny fp: piqa 3/3",
+        "tiny gptq-w4-g64: quantize",
+        "tiny gptq-w4-g64: piqa 1/3",
+        "tiny gptq-w4-g64: piqa 2/3",
+        "tiny gptq-w4-g64: piqa 3/3",
+    ]
+    parts = [job for job in sliced.jobs if job.kind == "evaluate"]
+    assert [job.slice for job in parts] == [Slice(index, 3) for index in range(3)] * 4
+    assert {job.task for job in parts} == {"piqa"}
+    assert len({job.id for job in sliced.jobs}) == len(sliced.jobs)
+    quantize = {job.cell.id: job.id for job in sliced.jobs if job.kind == "quantize"}
+    assert all(job.needs == quantize.get(job.cell.id) for job in parts)
+    # The whole is the job that would have been without slices, but for what was asked.
+    by_id = {job.id: job for job in whole.jobs}
+    for job in parts:
+        assert job.id not in by_id
+        assert job.whole.label == by_id[job.whole_id].label == job.whole.whole.label
+        assert (job.whole.id, job.whole.slice, job.whole.needs) == (job.whole_id, None, job.needs)
+
+
+def test_another_number_of_slices_makes_other_slices_of_the_same(sliced_plan):
+    three, four = (sliced_plan(count, 9).jobs for count in (3, 4))
+    quantize = {job.id for job in three if job.kind == "quantize"}
+    assert {job.id for job in three} & {job.id for job in four} == quantize
+    assert {job.whole.id for job in three} == {job.whole.id for job in four}
+
+
+@pytest.mark.parametrize(("units", "labels"), [(2, ["1/2", "2/2"]), (1, [])])
+def test_a_task_is_cut_into_no_more_slices_than_it_has_units(sliced_plan, units, labels):
+    plan = sliced_plan(3, units)
+    assert [str(job.slice) for job in plan.jobs if job.cell.scheme is None and job.slice] == labels
+    if not labels:
+        assert {job.id for job in plan.jobs} == {job.id for job in sliced_plan(1, 9).jobs}
+
+
+def test_a_task_that_is_named_twice_is_cut_as_at_first(make_sweep, make_identities):
+    tasks = [{"name": "piqa", "slices": 2}, {"name": "piqa"}]
+    sweep = make_sweep(evaluation={"tasks": tasks})
+    identities = make_identities(sweep)
+    evaluations = dict.fromkeys(identities.evaluations, "piqa")
+    units = {task.key: 9 for task in sweep.evaluation.tasks}
+    plan = make_plan(sweep, dataclasses.replace(identities, evaluations=evaluations, units=units))
+    assert [job.label for job in plan.jobs if job.cell.scheme is None] == ["tiny fp: piqa 1/2", "tiny fp: piqa 2/2"]
 
 
 def test_calibrations_are_an_axis_of_the_methods_that_look_at_data(make_sweep, plan_of):

@@ -81,6 +81,21 @@ def test_after_it_ended_with_a_failure(sweep_directory):
     assert "; ended 20" in text
 
 
+def test_a_task_put_together_from_slices_is_no_job_of_its_own(sweep_directory):
+    commit(
+        sweep_directory,
+        {"event": "session_started"},
+        job("finished", "piqa 1/2"),
+        job("finished", "piqa 2/2"),
+        job("merged", "piqa"),
+        job("started", "rte 1/2"),
+    )
+    code, text = told(sweep_directory)
+    assert code == 0
+    assert "2 jobs done, 1 running, 0 failed" in text
+    assert "tiny rte 1/2" in text
+
+
 def test_a_retry_that_worked_is_no_failure(sweep_directory):
     commit(
         sweep_directory,

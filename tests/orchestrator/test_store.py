@@ -11,7 +11,7 @@ import pytest
 
 from orchestrator.errors import BitatlasError
 from orchestrator.layout import Layout
-from orchestrator.schema import EVENTS, ITEMS, LAYERS, RESULTS, TABLES
+from orchestrator.schema import EVENTS, ITEMS, LAYERS, RESULTS, SLICES, TABLES
 from orchestrator.store import Store, job_states, read_table
 
 BEGAN = datetime(2026, 1, 1, tzinfo=UTC)
@@ -31,6 +31,7 @@ def batch(job, kind="finished", value=1.5, second=0):
         "results": [{"sweep": "s", "job_id": job, "metric": "perplexity", "value": value, "started_at": BEGAN}],
         "items": [{"job_id": job, "doc_id": 0, "log_likelihoods": [-1.0, -2.5]}],
         "layers": [{"job_id": job, "layer": "a", "output_error": None}],
+        "slices": [{"job_id": job, "whole_id": "all of it", "outcome": "{}"}],
         "events": [event(kind, job, second)],
     }
 
@@ -72,7 +73,7 @@ def test_every_part_has_the_declared_columns(layout):
 def test_a_batch_without_its_event_is_removed_by_the_next_driver(layout):
     with Store(layout) as store:
         store.commit(batch("one"))
-    for table in (RESULTS, ITEMS):  # a driver was killed between two tables of its batch
+    for table in (RESULTS, ITEMS, SLICES):  # a driver was killed between two tables of its batch
         whole = next(layout.table(table.name).glob("*.parquet"))
         whole.with_name("20260101T000000-dead-000000.parquet").write_bytes(whole.read_bytes())
     layout.table(LAYERS.name).joinpath(".half.parquet.tmp").write_bytes(b"PAR1")
@@ -143,11 +144,19 @@ def test_forget_drops_rows_and_keeps_events(layout):
         store.forget([])
         assert read_table(layout.root, RESULTS).num_rows == 3
         store.forget(["one", "three", "unknown"])
-        for table in (RESULTS, ITEMS, LAYERS):
+        for table in (RESULTS, ITEMS, LAYERS, SLICES):
             assert read_table(layout.root, table)["job_id"].to_pylist() == ["two"]
         assert read_table(layout.root, EVENTS).num_rows == 3
         store.commit(batch("one", value=2.0))
     assert read_table(layout.root, RESULTS)["value"].to_pylist() == [1.5, 2.0]
+
+
+def test_forget_in_one_table_leaves_the_others(layout):
+    with Store(layout) as store:
+        store.commit(batch("one"))
+        store.forget(["one"], [SLICES])
+    assert read_table(layout.root, SLICES).num_rows == 0
+    assert all(read_table(layout.root, table).num_rows == 1 for table in (RESULTS, ITEMS, LAYERS, EVENTS))
 
 
 def test_the_last_end_of_a_job_counts(layout):
@@ -155,7 +164,8 @@ def test_the_last_end_of_a_job_counts(layout):
         store.commit({"events": [event("session_started"), event("started", "a", 1), event("started", "e", 1)]})
         store.commit({"events": [event("failed", "a", 2), event("finished", "b", 3), event("reused", "c", 4)]})
         store.commit({"events": [event("finished", "a", 9), event("failed", "b", 8), event("retried", "d", 9)]})
-    assert job_states(layout.root) == {"a": "finished", "b": "failed", "c": "finished"}
+        store.commit({"events": [event("failed", "f", 2), event("merged", "f", 3)]})
+    assert job_states(layout.root) == {"a": "finished", "b": "failed", "c": "finished", "f": "finished"}
 
 
 def test_reading_while_a_driver_writes_and_forgets(layout):

@@ -1,11 +1,13 @@
 """What a person sees: lines where there is no terminal, a table where there is one."""
 
+import dataclasses
 import io
 
 import pytest
 from rich.console import Console
 
 from cluster.pool import WorkerInfo
+from evaluators.slices import Slice
 from orchestrator import view
 from orchestrator.schedule import Schedule
 from orchestrator.view import LineView, LiveView, QuietView, clock, make_view
@@ -43,6 +45,19 @@ def test_lines(plan, console):
     text = console.export_text()
     assert "] done tiny fp: boolq-passages" in text
     assert "] FAILED tiny fp: arc_easy" in text
+
+
+def test_a_slice_by_its_number(plan, console):
+    whole = next(job for job in plan.jobs if job.task == "arc_easy")
+    part = dataclasses.replace(whole, id="part", slice=Slice(1, 3), whole_id=whole.id)
+    plan = dataclasses.replace(plan, jobs=(part,))
+    schedule = Schedule(plan.jobs)
+    lines = LineView(console)
+    lines.begin(plan, schedule, WORKERS)
+    schedule.next_for("cpu-0@host")
+    schedule.finish("cpu-0@host")
+    lines.end(schedule)
+    assert "[1/1 0:00] done tiny fp: arc_easy 2/3" in console.export_text()
 
 
 def test_lines_now_and_then(plan, console, monkeypatch):
