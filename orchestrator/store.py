@@ -138,18 +138,24 @@ class Store:
                     path.unlink()
 
 
-def read_table(directory: Path, table: Table) -> pa.Table:
-    """All rows of one table, also while a driver writes; empty where nothing is there yet."""
+def read_table(directory: Path, table: Table, columns: list[str] | None = None) -> pa.Table:
+    """All rows of one table, also while a driver writes; empty where nothing is there yet.
+
+    Args:
+        directory: the sweep's output directory.
+        table: which.
+        columns: to read; None is all.
+    """
     import pyarrow.dataset as ds
 
     parts = sorted(str(path) for path in Layout(directory).table(table.name).glob("*.parquet"))
     for _ in range(3):
         try:
-            return ds.dataset(parts, schema=table.arrow(), format="parquet").to_table()
+            return ds.dataset(parts, schema=table.arrow(), format="parquet").to_table(columns)
         except FileNotFoundError:  # the driver dropped a part between our listing and our reading
             time.sleep(0.05)
             parts = sorted(str(path) for path in Layout(directory).table(table.name).glob("*.parquet"))
-    return ds.dataset(parts, schema=table.arrow(), format="parquet").to_table()
+    return ds.dataset(parts, schema=table.arrow(), format="parquet").to_table(columns)
 
 
 def job_states(directory: Path) -> dict[str, str]:

@@ -70,7 +70,7 @@ def finished_jobs(layout: Layout, plan: Plan) -> set[str]:
     """Ids of the plan's jobs that need not be done again: their rows are in the store (a slice's own, or its whole
     task's), and a quantizing job's artifact is still there for the evaluations that are missing."""
     states = job_states(layout.root) if layout.sweep.exists() else {}
-    kept = set(read_table(layout.root, SLICES)["job_id"].to_pylist()) if layout.sweep.exists() else set()
+    kept = set(read_table(layout.root, SLICES, ["job_id"])["job_id"].to_pylist())
     finished = {
         job.id
         for job in plan.jobs
@@ -155,9 +155,9 @@ class Driver:
 
     def _forget_merged_slices(self) -> None:
         """Drop what is left of slices whose tasks have their rows."""
-        slices, states = read_table(self._layout.root, SLICES), job_states(self._layout.root)
-        pairs = zip(slices["job_id"].to_pylist(), slices["whole_id"].to_pylist(), strict=True)
-        self._store.forget((job for job, whole in pairs if states.get(whole) == "finished"), [SLICES])
+        states = job_states(self._layout.root)
+        kept = read_table(self._layout.root, SLICES, ["job_id", "whole_id"]).to_pylist()
+        self._store.forget((row["job_id"] for row in kept if states.get(row["whole_id"]) == "finished"), [SLICES])
 
     def _hand_out(self, schedule: Schedule) -> None:
         events = []
@@ -247,15 +247,18 @@ class Driver:
         return "non_finite" if "non_finite" in {row["status"] for row in new["results"]} else "ok"
 
     def _merge(self, whole_id: str, schedule: Schedule, rows: dict[str, list[dict[str, Any]]]) -> bool:
-        """Put a task's rows where its last slices' would have been; whether it has no slice left to wait for.
+        """Put a task together once its last slice is among `rows`; whether it was.
 
-        The rows go into the batch of the last slice: that it is finished and that its task is are one fact.
+        The task's rows take the place of that slice's, in the same batch: either both are finished or neither is.
         """
+        import pyarrow.compute as pc
+
         jobs = self._slices[whole_id]
         if not {job.id for job in jobs} <= schedule.finished:
             return False
-        found = [*read_table(self._layout.root, SLICES).to_pylist(), *rows["slices"]]
-        by_id = {row["job_id"]: row for row in found if row["whole_id"] == whole_id}
+        earlier = read_table(self._layout.root, SLICES).filter(pc.field("whole_id") == whole_id).to_pylist()
+        new = [row for row in rows["slices"] if row["whole_id"] == whole_id]
+        by_id = {row["job_id"]: row for row in (*earlier, *new)}
         parts, whole = [by_id[job.id] for job in jobs], jobs[0].whole
         rows["slices"] = [row for row in rows["slices"] if row["whole_id"] != whole_id]
         outcome = merged_outcome(whole, parts)

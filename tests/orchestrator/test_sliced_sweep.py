@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 import yaml
 
 from cluster.pool import InlinePool
@@ -25,12 +26,21 @@ FAILING: set[str] = set()  # labels of jobs that fail
 
 
 class MoodyWorker(Worker):
-    """Fails where it is told to."""
+    """Fails where it is told to, and has a broken model where that is wanted."""
+
+    is_broken = False
 
     def run(self, payload):
         if payload["label"] in FAILING:
             raise RuntimeError(f"no {payload['label']} today")
         return super().run(payload)
+
+    def _load(self, model):
+        loaded = super()._load(model)
+        if self.is_broken:
+            with torch.no_grad():
+                loaded.model.norm.weight.fill_(float("nan"))
+        return loaded
 
 
 class Killed(BaseException):
@@ -125,6 +135,16 @@ def test_the_rows_do_not_depend_on_the_slices(unsliced, run, tmp_path, asked, co
     assert read_table(tmp_path / "out", SLICES).num_rows == 0
     whole = ["tiny fp: arc_easy", "tiny rtn-w4-g32: arc_easy"]
     assert events(tmp_path / "out", "merged") == (whole if count > 1 else [])
+
+
+def test_a_broken_model_is_as_broken_in_slices(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(MoodyWorker, "is_broken", True)
+    for count in (1, 3):
+        run(tmp_path / str(count), count)
+    assert_same_rows(tmp_path / "1", tmp_path / "3")
+    assert {row["status"] for row in read_table(tmp_path / "3", RESULTS).to_pylist()} == {"non_finite"}
+    ends = [row for row in read_table(tmp_path / "3", EVENTS).to_pylist() if row["event"] == "merged"]
+    assert [row["status"] for row in ends] == ["non_finite"] * 2
 
 
 def test_costs_are_those_of_all_slices(run, tmp_path, monkeypatch):

@@ -151,6 +151,15 @@ def test_forget_drops_rows_and_keeps_events(layout):
     assert read_table(layout.root, RESULTS)["value"].to_pylist() == [1.5, 2.0]
 
 
+def test_some_columns_are_read(layout):
+    assert read_table(layout.root, SLICES, ["job_id"]).column_names == ["job_id"]
+    with Store(layout) as store:
+        store.commit(batch("one"))
+    assert read_table(layout.root, SLICES, ["job_id", "whole_id"]).to_pylist() == [
+        {"job_id": "one", "whole_id": "all of it"}
+    ]
+
+
 def test_forget_in_one_table_leaves_the_others(layout):
     with Store(layout) as store:
         store.commit(batch("one"))
