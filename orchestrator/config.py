@@ -157,7 +157,7 @@ class EvaluationConfig(_Strict):
         own = value.get("tasks") or []
         if not isinstance(own, list | tuple):  # refused with its own words
             return {key: item for key, item in value.items() if key != "suite"}
-        named = {task.get("name") for task in own if isinstance(task, Mapping)}
+        named = [task.get("name") for task in own if isinstance(task, Mapping)]
         tasks = [*(task.entry for task in suite if task.name not in named), *own]
         return {key: item for key, item in value.items() if key != "suite"} | {"tasks": tuple(tasks)}
 
@@ -205,6 +205,7 @@ class Sweep(_Strict):
     calibration: Annotated[tuple[CalibrationConfig, ...], BeforeValidator(_as_tuple)] = ()
     evaluation: EvaluationConfig
     workers: WorkersConfig = WorkersConfig()
+    data: str | None = Field(default=None, min_length=1)  # the directory of a bundle
 
     @model_validator(mode="after")
     def _consistent(self) -> Sweep:
@@ -245,12 +246,16 @@ class _Loader(yaml.SafeLoader):
 
 
 def read_sweep(path: Path) -> Sweep:
-    """Read and check a sweep file.
+    """Read and check a sweep file; `data` becomes an absolute path.
 
     Raises:
         BitatlasError: absent, not YAML, or not a valid sweep: one sentence with the file and the field.
     """
-    return parse_sweep(_read_yaml(path), str(path))
+    sweep = parse_sweep(_read_yaml(path), str(path))
+    if sweep.data is None:
+        return sweep
+    # A bundle travels with the sweep file, so its place is relative to that.
+    return sweep.model_copy(update={"data": str((path.parent / sweep.data).resolve())})
 
 
 def _read_yaml(path: Path) -> Any:
@@ -361,4 +366,6 @@ def resolved(sweep: Sweep) -> str:
     """The sweep as YAML with every default written out; reading it again gives the same plan."""
     document = sweep.model_dump(mode="json")
     document["grid"] = [scheme.as_entry() for scheme in sweep.grid]
+    if sweep.data is None:
+        del document["data"]
     return yaml.safe_dump(document, sort_keys=False, width=120)

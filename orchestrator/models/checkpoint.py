@@ -92,11 +92,12 @@ def checkpoint_digest(directory: Path, cache: Path) -> str:
     files = weight_files(directory) + [path for name in _IDENTITY_FILES if (path := directory / name).exists()]
     whole = hashlib.sha256()
     for file in sorted(files):
-        whole.update(f"{file.name}\0{_file_digest(file, cache)}\n".encode())
+        whole.update(f"{file.name}\0{file_digest(file, cache)}\n".encode())
     return whole.hexdigest()
 
 
-def _file_digest(file: Path, cache: Path) -> str:
+def file_digest(file: Path, cache: Path) -> str:
+    """sha256 of a file, remembered in `cache` by path, size and modification time."""
     status = file.resolve().stat()
     key = hashlib.sha256(f"{file.resolve()}\0{status.st_size}\0{status.st_mtime_ns}".encode()).hexdigest()
     remembered = cache / "digests" / key

@@ -15,12 +15,22 @@ from orchestrator.models.gguf_package import converted_package
 
 PACKAGE = "package://"
 # What a checkpoint may bring along: weights as safetensors, and text. Never *.bin, *.pt or *.py.
-_HUB_PATTERNS = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+CHECKPOINT_PATTERNS = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 
 
 def node_cache() -> Path:
     """The directory of this node where converted models and file digests are kept."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bitatlas"
+
+
+def is_local(source: str) -> bool:
+    """Whether a source that is not packaged names a place on this machine, where something may be missing."""
+    if source.startswith((".", "/", "~")) or source.count("/") > 1:
+        return True
+    try:
+        return Path(source).exists()
+    except OSError:  # a name too long
+        return True
 
 
 def resolve_model(source: str, where: str) -> Path:
@@ -58,7 +68,7 @@ def _from_hub(source: str, where: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(source, allow_patterns=_HUB_PATTERNS))
+        return Path(snapshot_download(source, allow_patterns=CHECKPOINT_PATTERNS))
     except HFValidationError as error:
         raise BitatlasError(f"{where} = {source!r} is neither a directory nor a Hub id: {error}") from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:

@@ -175,10 +175,24 @@ def test_bad_usage(invoke, arguments, words):
     refused(invoke(*arguments), words)
 
 
-@pytest.mark.parametrize("arguments", [["search", "x.yaml"], ["fetch", "x.yaml", "--to", "d"]])
-def test_what_is_not_in_this_version_says_so(invoke, tmp_path, arguments):
-    one_line(refused(invoke(*arguments), "is not in this version yet"))
+def test_what_is_not_in_this_version_says_so(invoke, tmp_path):
+    one_line(refused(invoke("search", "x.yaml"), "is not in this version yet"))
     assert files_in(tmp_path) == []
+
+
+def test_fetch_refuses_a_directory_of_something_else(invoke, write_sweep, tmp_path):
+    (tmp_path / "to").mkdir()
+    (tmp_path / "to" / "letters").touch()
+    one_line(refused(invoke("fetch", write_sweep(), "--to", "to"), "holds something else than a bundle"))
+    one_line(refused(invoke("fetch", "no.yaml", "--to", "to"), "no.yaml does not exist"))
+    assert files_in(tmp_path / "to") == ["letters"]
+
+
+def test_data_that_is_no_bundle(invoke, write_sweep, tmp_path):
+    file = write_sweep(data="nowhere")
+    for command in ("plan", "run"):
+        one_line(refused(invoke(command, file), "study.yaml: data = '"))
+    assert files_in(tmp_path) == ["study.yaml"]
 
 
 def test_an_error_of_our_own_keeps_its_traceback(invoke, monkeypatch):
