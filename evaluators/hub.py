@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -56,6 +57,9 @@ class HubSplit:
         """
         import datasets
 
+        log = logging.getLogger("datasets")
+        level = log.level
+        log.setLevel(logging.ERROR)  # that it reads its cache is no news
         try:
             table = datasets.load_dataset(
                 self.repository,
@@ -67,13 +71,29 @@ class HubSplit:
                 **self.options,
             )
         except Exception as error:  # whatever the Hub, the network or a damaged cache makes it raise
+            if (file := self._kept_file()) is not None:
+                return datasets.load_dataset(_form(file), data_files={self.split: file}, split=self.split)
             lines = str(error).strip().splitlines() or [""]
             raise EvaluationError(
                 f"data set {self.label} is neither in the local cache nor to be had from the Hub "
                 f"({type(error).__name__}: {lines[0]}): {self.remedy}"
             ) from error
+        finally:
+            log.setLevel(level)
         self._check_revision(table)
         return table
+
+    def _kept_file(self) -> str | None:
+        """A single file at this revision in the Hub's own cache.
+
+        Without a network `datasets` does not find again what it made of a single file; the file itself is there.
+        """
+        from huggingface_hub import try_to_load_from_cache
+
+        if self.file is None:
+            return None
+        found = try_to_load_from_cache(self.repository, self.file, revision=self.revision, repo_type="dataset")
+        return found if isinstance(found, str) else None
 
     def _check_revision(self, table: Dataset) -> None:
         """Offline, `datasets` takes whatever revision its cache has."""
@@ -106,6 +126,11 @@ class HubSplit:
         owner, _, name = self.repository.rpartition("/")
         folder = "___".join(part for part in (owner, camelcase_to_snakecase(name)) if part)
         return (Path(datasets.config.HF_DATASETS_CACHE).expanduser() / folder).is_dir()
+
+
+def _form(file: str) -> str:
+    """By which of its readers `datasets` reads a file."""
+    return "parquet" if file.endswith(".parquet") else "json"
 
 
 def revision_of(table: Dataset) -> str | None:

@@ -1,6 +1,7 @@
 """Tasks whose data are the Hub's, from a made-up cache of `datasets`; no network anywhere."""
 
 import copy
+import gzip
 import importlib.metadata
 from pathlib import Path
 
@@ -197,3 +198,17 @@ def test_optional_packages_are_named_with_the_command(monkeypatch):
 def test_data_of_nltk_is_never_downloaded(no_network):
     with pytest.raises(EvaluationError, match=r"task ifeval needs NLTK's no_such_thing, .* nltk.downloader no_such_th"):
         check_nltk_data("ifeval", "tokenizers/no_such_thing")
+
+
+@pytest.mark.parametrize("kept", [REVISION, OTHER])
+def test_a_single_file_is_read_from_the_hubs_own_cache_at_its_revision(hub_cache, tmp_path, monkeypatch, kept):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    file = tmp_path / "hub" / "datasets--some--texts" / "snapshots" / kept / "en" / "part.json.gz"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(gzip.compress(b'{"text": "one"}\n{"text": "two"}\n'))
+    split = HubSplit(repository="some/texts", split="train", file="en/part.json.gz", revision=REVISION)
+    if kept == REVISION:
+        assert split.load()["text"][:] == ["one", "two"]
+    else:
+        with pytest.raises(EvaluationError, match="is neither in the local cache nor to be had from the Hub"):
+            split.load()

@@ -1,5 +1,6 @@
 """A bundle from a made-up Hub on localhost, and a sweep that runs from it with the network denied."""
 
+import gzip
 import json
 import os
 import shutil
@@ -139,6 +140,15 @@ def hub(tiny_checkpoint):
             RECIPES["wikitext2"].evaluation.revision,
             configured("wikitext-2-raw-v1", train=text, test=text),
         ),
+        "datasets/allenai/c4": (
+            RECIPES["c4-new"].evaluation.revision,
+            {
+                RECIPES["c4-new"].evaluation.file: gzip.compress(
+                    "".join(json.dumps(row) + "\n" for row in text).encode()
+                ),
+                "README.md": b"",
+            },
+        ),
     }
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     thread = threading.Thread(target=server.serve_forever)
@@ -170,6 +180,7 @@ def write_sweep(path, **changes):
         "evaluation": {
             "perplexity": [
                 {"corpus": "wikitext2", "sequence_length": 128, "max_windows": 4},
+                {"corpus": "c4-new", "sequence_length": 128, "max_windows": 2},
                 {"corpus": {"path": str(path.parent / "own.txt")}, "sequence_length": 32},
             ],
             "tasks": [{"name": "race", "limit": 6}, {"name": "piqa", "limit": 4, "num_fewshot": 2}],
@@ -229,7 +240,7 @@ def test_a_sweep_runs_from_its_bundle_without_a_network(far, fetched, hub):
     run = bitatlas("run", far / "far.yaml", "--out", out, "--no-report", **NOWHERE)
     assert run.returncode == 0, run.stdout + run.stderr
     rows = read_table(out, RESULTS).to_pylist()
-    assert {row["task"] for row in rows} == {"wikitext2", "own", "race", "piqa"}
+    assert {row["task"] for row in rows} == {"wikitext2", "c4-new", "own", "race", "piqa"}
     assert {row["status"] for row in rows} == {"ok"}
     assert len(read_table(out, ITEMS).to_pylist()) > 0
     # the resolved sweep file finds the bundle too; and where the Hub could be asked, it is not
@@ -237,7 +248,7 @@ def test_a_sweep_runs_from_its_bundle_without_a_network(far, fetched, hub):
     again = bitatlas("plan", out / "sweep.yaml", "--out", out, HF_ENDPOINT=hub)
     assert Hub.asked == []
     assert again.returncode == 0, again.stdout + again.stderr
-    assert "9 jobs, 9 done" in again.stdout
+    assert "11 jobs, 11 done" in again.stdout
     cell = next(row["cell_id"] for row in rows if row["method"] == "gptq")
     export = bitatlas("export", out, cell, "--format", "dense", "--to", far / "dense", **NOWHERE)
     assert export.returncode == 0, export.stdout + export.stderr
