@@ -53,7 +53,7 @@ class Hub(BaseHTTPRequestHandler):
             self.answer(wanted=parse_qs(body.decode())["paths"])
 
     def answer(self, *, with_body=True, wanted=None):
-        path = unquote(urlsplit(self.path).path).strip("/")
+        path = unquote(urlsplit(self.path).path).strip("/").replace("refs/convert/parquet", "converted")
         type(self).asked.append(f"{self.command} {path}")
         api = path.startswith("api/")
         path = path.removeprefix("api/")
@@ -140,6 +140,13 @@ def hub(tiny_checkpoint):
             RECIPES["wikitext2"].evaluation.revision,
             configured("wikitext-2-raw-v1", train=text, test=text),
         ),
+        "datasets/ptb-text-only/ptb_text_only": (
+            COMMIT,
+            {
+                RECIPES["ptb-new"].evaluation.file: parquet([{"sentence": row["text"]} for row in text]),
+                "README.md": b"",
+            },
+        ),
         "datasets/allenai/c4": (
             RECIPES["c4-new"].evaluation.revision,
             {
@@ -181,6 +188,7 @@ def write_sweep(path, **changes):
             "perplexity": [
                 {"corpus": "wikitext2", "sequence_length": 128, "max_windows": 4},
                 {"corpus": "c4-new", "sequence_length": 128, "max_windows": 2},
+                {"corpus": "ptb-new", "sequence_length": 128, "max_windows": 2},
                 {"corpus": {"path": str(path.parent / "own.txt")}, "sequence_length": 32},
             ],
             "tasks": [{"name": "race", "limit": 6}, {"name": "piqa", "limit": 4, "num_fewshot": 2}],
@@ -240,7 +248,7 @@ def test_a_sweep_runs_from_its_bundle_without_a_network(far, fetched, hub):
     run = bitatlas("run", far / "far.yaml", "--out", out, "--no-report", **NOWHERE)
     assert run.returncode == 0, run.stdout + run.stderr
     rows = read_table(out, RESULTS).to_pylist()
-    assert {row["task"] for row in rows} == {"wikitext2", "c4-new", "own", "race", "piqa"}
+    assert {row["task"] for row in rows} == {"wikitext2", "c4-new", "ptb-new", "own", "race", "piqa"}
     assert {row["status"] for row in rows} == {"ok"}
     assert len(read_table(out, ITEMS).to_pylist()) > 0
     # the resolved sweep file finds the bundle too; and where the Hub could be asked, it is not
@@ -248,7 +256,7 @@ def test_a_sweep_runs_from_its_bundle_without_a_network(far, fetched, hub):
     again = bitatlas("plan", out / "sweep.yaml", "--out", out, HF_ENDPOINT=hub)
     assert Hub.asked == []
     assert again.returncode == 0, again.stdout + again.stderr
-    assert "11 jobs, 11 done" in again.stdout
+    assert "13 jobs, 13 done" in again.stdout
     cell = next(row["cell_id"] for row in rows if row["method"] == "gptq")
     export = bitatlas("export", out, cell, "--format", "dense", "--to", far / "dense", **NOWHERE)
     assert export.returncode == 0, export.stdout + export.stderr
