@@ -9,7 +9,7 @@ demo: $(STAMP)-run            ## set up, then run the main job on the packaged m
 	.venv/bin/bitatlas demo
 
 # Two files at a time; each process computes on one thread.
-PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest --numprocesses 2 --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test: $(STAMP)-dev            ## set up, then run every test
 	$(PYTEST)

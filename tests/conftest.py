@@ -14,7 +14,18 @@ ROOT = Path(__file__).parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
+# Files of many quick tests that take long together.
+LONG = {"test_harness", "test_slices", "test_sliced_sweep"}
+
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def pytest_collection_modifyitems(items):
+    """Files with slow tests first: begun last, they would keep one process at work while the other has nothing left."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")} | {
+        item.path for item in items if item.path.stem in LONG
+    }
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(scope="session", autouse=True)
