@@ -16,6 +16,7 @@ from lm_eval.api.task import ConfigurableTask
 from evaluators.code_tasks import sandboxed_code_eval
 from evaluators.errors import EvaluationError
 from evaluators.hub import HubSplit, identity_of
+from evaluators.tasks import TASKS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -162,7 +163,9 @@ def load_task(
     if num_fewshot is not None:
         overrides["num_fewshot"] = num_fewshot
     # A group is lm-eval's public way to load a definition with another class.
-    with quiet(), sandboxed_code_eval():
+    # Only where it is needed: importing the package of that metric takes seconds in every worker.
+    runs_code = name in TASKS and TASKS[name].runs_code
+    with quiet(), sandboxed_code_eval() if runs_code else contextlib.nullcontext():
         loaded = _manager(folder).load({"group": "packaged", "task": [{"task": name, **overrides}]})
     task: PackagedTask = loaded["tasks"][name]
     return task
