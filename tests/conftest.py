@@ -14,18 +14,25 @@ ROOT = Path(__file__).parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-# Files of many quick tests that take long together.
-LONG = {"test_harness", "test_slices", "test_sliced_sweep"}
+# When a file begins. The longest first: begun last, it would keep one process at work while the other has nothing left.
+# Files that start a Ray of their own stand at both ends, so that no two of them share two cores.
+FIRST, SOON, LATER, LAST = range(4)
+STARTS = {
+    "test_end_to_end": FIRST,
+    "test_harness": SOON,
+    "test_slices": SOON,
+    "test_sliced_sweep": SOON,
+    "test_sandbox": SOON,
+    "test_divergence_memory": SOON,
+    "test_ray_pool": LAST,
+    "test_bundle_end_to_end": LAST,
+}
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def pytest_collection_modifyitems(items):
-    """Files with slow tests first: begun last, they would keep one process at work while the other has nothing left."""
-    slow = {item.path for item in items if item.get_closest_marker("slow")} | {
-        item.path for item in items if item.path.stem in LONG
-    }
-    items.sort(key=lambda item: item.path not in slow)
+    items.sort(key=lambda item: STARTS.get(item.path.stem, LATER))
 
 
 @pytest.fixture(scope="session", autouse=True)
