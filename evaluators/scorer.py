@@ -124,6 +124,7 @@ class Scorer(TemplateLM):  # type: ignore[misc]  # lm_eval is untyped
         self._max_length = self._model.max_length or _DEFAULT_MAX_LENGTH
         self._pack_tokens = pack_tokens
         against = reason_against(self._model)
+        self._trusts_trees = against is None
         self.scoring = "token trees" if against is None else f"padded rows ({against})"
         self.work = Work()
         self.generated: dict[tuple[str | None, int | None], list[Generated]] = defaultdict(list)
@@ -257,7 +258,7 @@ class Scorer(TemplateLM):  # type: ignore[misc]  # lm_eval is untyped
         """Packs of all inputs, with their hidden states [T, H]."""
         packs: Iterable[Sequence[Segment]]
         runner: TreeRunner | RowRunner
-        if self.scoring == "token trees":
+        if self._trusts_trees:
             runner = TreeRunner(self._model)
             packs = packs_of(segments_of(inputs, scored_from, cost_for(self._model)), self._pack_tokens)
         else:

@@ -81,14 +81,7 @@ def load(names, num_fewshot):
 
     tasks = {}
     for name in names:
-        source = TASKS[name]
-        tasks[name] = load_task(
-            name,
-            folder=source.folder,
-            splits=source.splits,
-            scored_split=source.scored_split,
-            num_fewshot=num_fewshot,
-        )
+        tasks[name] = load_task(name, TASKS[name], num_fewshot=num_fewshot)
         tasks[name].set_fewshot_seed(seed=0)
         len(tasks[name].eval_docs)  # prepared once, not in anyone's time
     return tasks

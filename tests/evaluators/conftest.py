@@ -127,25 +127,34 @@ FAMILIES = {
 }
 
 
+def tiny(name, **options):
+    import transformers
+
+    shape = {
+        "vocab_size": 120,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "initializer_range": 0.3,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "bos_token_id": 2,
+    }
+    config = getattr(transformers, f"{name}Config")(**shape | options)
+    torch.manual_seed(0)
+    return getattr(transformers, f"{name.removesuffix('Text')}ForCausalLM")(config).eval()
+
+
+@pytest.fixture
+def make_tiny():
+    """A tiny random model of a family by its name in transformers, float32."""
+    return tiny
+
+
 @pytest.fixture(scope="session", params=FAMILIES)
 def any_model(request):
     """A tiny random model of each family, float32."""
-    import transformers
-
-    name = request.param
-    config = getattr(transformers, f"{name}Config")(
-        vocab_size=120,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        initializer_range=0.3,
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=2,
-        **FAMILIES[name],
-    )
-    torch.manual_seed(0)
-    return getattr(transformers, f"{name.removesuffix('Text')}ForCausalLM")(config).eval()
+    return tiny(request.param, **FAMILIES[request.param])

@@ -38,10 +38,7 @@ REFERENCES = {
 
 
 def score(name, answer, limit):
-    source = TASKS[name]
-    task = load_task(
-        name, folder=source.folder, splits=source.splits, scored_split=source.scored_split, num_fewshot=None
-    )
+    task = load_task(name, TASKS[name])
     with quiet():
         found = evaluate(
             lm=Answering(answer), task_dict={"tasks": {name: task}}, limit=limit, confirm_run_unsafe_code=True

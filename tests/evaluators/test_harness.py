@@ -24,14 +24,7 @@ PLAIN_TASKS = [name for name, source in TASKS.items() if source.splits and name 
 def by_hflm(model, tokenizer, *names, num_fewshot=None, seed=0, **options):
     tasks = {}
     for name in names:
-        source = TASKS[name]
-        tasks[name] = load_task(
-            name,
-            folder=source.folder,
-            splits=source.splits,
-            scored_split=source.scored_split,
-            num_fewshot=num_fewshot,
-        )
+        tasks[name] = load_task(name, TASKS[name], num_fewshot=num_fewshot)
         tasks[name].set_fewshot_seed(seed=seed)
     with quiet():
         theirs = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=8)

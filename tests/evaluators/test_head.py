@@ -5,26 +5,6 @@ from evaluators.errors import EvaluationError
 from evaluators.head import hidden_states, split, token_log_probabilities
 
 
-def other_family(name, **options):
-    import transformers
-
-    config = getattr(transformers, f"{name}Config")(
-        vocab_size=120,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=2,
-        **options,
-    )
-    torch.manual_seed(0)
-    return getattr(transformers, f"{name}ForCausalLM")(config).eval()
-
-
 def log_probabilities(model, ids, **options):
     parts = split(model)
     with torch.inference_mode():
@@ -51,17 +31,17 @@ def test_log_probabilities_and_greedy_do_not_depend_on_the_chunk(small_model, ch
     assert greedy[19]
 
 
-def test_soft_cap_is_honoured():
+def test_soft_cap_is_honoured(make_tiny):
     # wide weights, so that the cap of 2 does bend the logits
-    model = other_family("Gemma2", final_logit_softcapping=2.0, initializer_range=0.5)
+    model = make_tiny("Gemma2", final_logit_softcapping=2.0, initializer_range=0.5)
     assert split(model).softcap == 2.0
     ids = torch.arange(3, 60)
     torch.testing.assert_close(log_probabilities(model, ids)[0], plain(model, ids)[0], atol=1e-5, rtol=0)
 
 
-def test_a_head_that_scales_its_logits_is_refused():
+def test_a_head_that_scales_its_logits_is_refused(make_tiny):
     with pytest.raises(EvaluationError, match="GraniteForCausalLM changes its logits after the head"):
-        split(other_family("Granite", logits_scaling=8.0))
+        split(make_tiny("Granite", logits_scaling=8.0))
 
 
 def test_a_broken_model_is_not_refused(make_llama):

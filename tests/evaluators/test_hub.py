@@ -79,7 +79,7 @@ def cache(hub_cache):
 
 
 def by_hflm(model, tokenizer, name):
-    task = load_task(name, folder=TASKS[name].folder, splits={}, scored_split=None, num_fewshot=None)
+    task = load_task(name, TASKS[name])
     task.set_fewshot_seed(seed=0)
     with quiet():
         theirs = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=2)
@@ -102,7 +102,7 @@ def test_equals_hflm(cache, model, tokenizer, name, split, documents):
 def test_examples_and_documents_of_gsm8k(cache, model, tokenizer):
     result = evaluate_task(model, tokenizer, "gsm8k", limit=2)
     assert (result.num_fewshot, result.split, len(result.items)) == (5, "test", 2)
-    task = load_task("gsm8k", folder="gsm8k", splits={}, scored_split=None, num_fewshot=None)
+    task = load_task("gsm8k", TASKS["gsm8k"])
     task.build_all_requests(limit=1)
     prompt = task.instances[0].args[0]
     assert prompt.count("Question: ") == 6

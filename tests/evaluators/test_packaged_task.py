@@ -1,3 +1,4 @@
+import dataclasses
 import logging
 
 import lm_eval.tasks
@@ -13,9 +14,7 @@ EXAMPLES_IN_YAML = {"gsm8k_cot", "humaneval", "mbpp"}
 
 
 def load(name, num_fewshot=None, **overrides):
-    source = TASKS[name]
-    options = {"folder": source.folder, "splits": source.splits, "scored_split": source.scored_split} | overrides
-    return load_task(name, num_fewshot=num_fewshot, **options)
+    return load_task(name, dataclasses.replace(TASKS[name], **overrides), num_fewshot=num_fewshot)
 
 
 @pytest.mark.parametrize("name", PACKAGED)
