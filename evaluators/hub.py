@@ -57,9 +57,10 @@ class HubSplit:
         """
         import datasets
 
-        log = logging.getLogger("datasets")
-        level = log.level
-        log.setLevel(logging.ERROR)  # that it reads its cache is no news
+        # That a cache is read is no news, and what keeps the Hub away stands in our own error.
+        logs = {log: log.level for log in map(logging.getLogger, ("datasets", "huggingface_hub"))}
+        for log in logs:
+            log.setLevel(logging.ERROR)
         try:
             table = datasets.load_dataset(
                 self.repository,
@@ -79,7 +80,8 @@ class HubSplit:
                 f"({type(error).__name__}: {lines[0]}): {self.remedy}"
             ) from error
         finally:
-            log.setLevel(level)
+            for log, level in logs.items():
+                log.setLevel(level)
         self._check_revision(table)
         return table
 
