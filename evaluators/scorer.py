@@ -2,8 +2,8 @@
 
 What is saved: each distinct prefix is computed once (`prefix_tree`), nothing is padded, the head runs only where a
 continuation is scored. What is equal: tokenization, split, truncation and BOS, so scores agree with HFLM within float
-error. A plan depends on the requests of one unit of documents (`slices`) and the model's shape alone, so a score
-depends neither on the machine nor on what else is scored.
+error. A plan depends on the requests of one unit of documents (`slices`), the model's shape and the kind of device
+alone, so a score does not depend on what else is scored.
 Shape letters: T tokens of a pack, M targets, H hidden.
 """
 
@@ -23,6 +23,7 @@ from evaluators.decoding import Decoding, decoding_of
 from evaluators.errors import EvaluationError
 from evaluators.generation import Generated, Generator
 from evaluators.head import log_probabilities_at, split
+from evaluators.pack_size import PACK_TOKENS, pack_tokens_for
 from evaluators.padded_rows import RowRunner, row_packs_of, rows_of
 from evaluators.prefix_tree import Segment, num_distinct_tokens, packs_of, segments_of
 from evaluators.slices import unit_of
@@ -32,10 +33,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from evaluators.prefix_tree import Tokens
-
-# Tokens per forward pass. On one CPU core 512 to 4096 are equally fast (SmolLM2-135M) and 8192 is slower. It is fixed
-# because in bfloat16 the pack moves the last bits of a score; change `SCORER_VERSION` in `harness` with it.
-PACK_TOKENS = 2048
 
 # HFLM's own default for a model that does not state its context.
 _DEFAULT_MAX_LENGTH = 2048
@@ -91,7 +88,8 @@ class Scorer(TemplateLM):  # type: ignore[misc]  # lm_eval is untyped
 
     Attributes:
         num_truncated: requests so far whose context was cut on the left to fit the model.
-        scoring: "token trees", or "padded rows" with the reason why trees cannot be trusted with this model.
+        scoring: "token trees", or "padded rows" with the reason why trees cannot be trusted with this model; with the
+            size of packs where it is not the usual one.
         work: what has been computed so far.
         generated: what was generated for each (task, document), in the order of its requests.
     """
@@ -101,7 +99,7 @@ class Scorer(TemplateLM):  # type: ignore[misc]  # lm_eval is untyped
         model: Any,
         tokenizer: Any,
         *,
-        pack_tokens: int = PACK_TOKENS,
+        pack_tokens: int | None = None,
         seed: int = 0,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
@@ -110,7 +108,7 @@ class Scorer(TemplateLM):  # type: ignore[misc]  # lm_eval is untyped
         Args:
             model: a transformers causal language model.
             tokenizer: its tokenizer.
-            pack_tokens: most tokens of one forward pass; a longer segment runs alone.
+            pack_tokens: most tokens of one forward pass; a longer segment runs alone. None is what suits the device.
             seed: of what is drawn when texts are generated.
             progress: called with requests done and their number.
 
@@ -122,10 +120,14 @@ class Scorer(TemplateLM):  # type: ignore[misc]  # lm_eval is untyped
         self.num_truncated = 0
         self._model = split(model)
         self._max_length = self._model.max_length or _DEFAULT_MAX_LENGTH
-        self._pack_tokens = pack_tokens
         against = reason_against(self._model)
         self._trusts_trees = against is None
         self.scoring = "token trees" if against is None else f"padded rows ({against})"
+        if pack_tokens is None:
+            pack_tokens = pack_tokens_for(self._model) if self._trusts_trees else PACK_TOKENS
+        if pack_tokens != PACK_TOKENS:
+            self.scoring += f", packs of {pack_tokens} tokens"
+        self._pack_tokens = pack_tokens
         self.work = Work()
         self.generated: dict[tuple[str | None, int | None], list[Generated]] = defaultdict(list)
         self._seed = seed

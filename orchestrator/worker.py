@@ -105,8 +105,10 @@ class Worker:
         """
         import torch
 
+        from orchestrator.models.float_products import fast_products
+
         torch.set_num_threads(self._threads)  # per thread: the actor may run each job on another one
-        with PeakMemory(self._device.torch_device) as memory:
+        with PeakMemory(self._device.torch_device) as memory, fast_products(self._device.torch_device):
             started = time.perf_counter()
             outcome = self._quantize(payload) if payload["kind"] == "quantize" else self._evaluate(payload)
             outcome["seconds"] = time.perf_counter() - started

@@ -137,7 +137,7 @@ def test_padded_rows_by_name_where_trees_cannot_be_trusted(model, tokenizer, mon
     expected = Scorer(model, tokenizer).loglikelihood(requests(PAIRS))
     monkeypatch.setattr(scorer_module, "reason_against", lambda _: "attention with sinks")
     scorer = Scorer(model, tokenizer, pack_tokens=40)
-    assert scorer.scoring == "padded rows (attention with sinks)"
+    assert scorer.scoring == "padded rows (attention with sinks), packs of 40 tokens"
     assert_same(scorer.loglikelihood(requests(PAIRS)), expected)
     assert scorer.work.computed_tokens > scorer.work.distinct_tokens
 
