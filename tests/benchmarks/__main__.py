@@ -5,28 +5,34 @@ import importlib
 import json
 from pathlib import Path
 
-PEERS = {
+# Each against another implementation in one run.
+QUANTIZATION = {
     "gptq": "GPTQ W4 g64 against llm-compressor: perplexity and wall time",
     "awq": "AWQ W4 g64 against llm-compressor: perplexity and wall time",
     "smoothquant": "SmoothQuant W8A8 against llm-compressor: perplexity and wall time",
 }
-# Not run unless named: they have no peer, and memory writes 16 GB.
+EVALUATION = {
+    "tasks": "log-likelihood tasks against lm-eval's HFLM at its best batch size: wall time, tokens, rate",
+    "generation": "texts on GSM8K against lm-eval's HFLM at its best batch size: the same texts, wall time",
+}
+# Not run unless named: they are checks or measure no peer, and memory writes 16 GB.
 OTHERS = {
     "agreement": "log-likelihoods and metrics item by item against lm-eval's HFLM",
-    "tasks": "log-likelihood tasks against lm-eval's HFLM at its best batch size: wall time, tokens, rate",
     "outliers": "what SmoothQuant and AWQ recover on a copy of the model with activation outliers",
     "profile": "where the time of GPTQ, AWQ and SmoothQuant goes, against the peak of matrix products",
     "memory": "peak memory of quantizing a synthetic 7B checkpoint block by block",
 }
-BENCHMARKS = PEERS | OTHERS
+BENCHMARKS = QUANTIZATION | EVALUATION | OTHERS
 
 
 def main():
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
     parser.add_argument("names", nargs="*", help="; ".join(f"{name}: {what}" for name, what in BENCHMARKS.items()))
-    parser.add_argument("--seeds", type=int, nargs="+", help="calibration seeds of a comparison; three by default")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", help="calibration seeds of gptq, awq and smoothquant; three by default"
+    )
     args = parser.parse_args()
-    names = args.names or list(PEERS)
+    names = args.names or [*QUANTIZATION, *EVALUATION]
     chosen = {"seeds": args.seeds} if args.seeds else {}
     root = Path(__file__).resolve().parents[2]
     results = root / "outputs" / "benchmarks"
@@ -35,7 +41,7 @@ def main():
         if name not in BENCHMARKS:
             parser.error(f"no benchmark {name!r}; there are {', '.join(BENCHMARKS)}")
         figures = importlib.import_module(f"tests.benchmarks.bench_{name}").measure(
-            root, **chosen if name in PEERS else {}
+            root, **chosen if name in QUANTIZATION else {}
         )
         (results / f"{name}.json").write_text(json.dumps(figures, indent=1))
         print(f"wrote {results / name}.json")

@@ -21,6 +21,7 @@ def measure(root):
     import torch
 
     from evaluators.tasks import GROUPS, TASKS
+    from orchestrator.models.float_products import fast_products
     from orchestrator.models.loading import load_model, load_tokenizer
     from orchestrator.models.source import resolve_model
 
@@ -36,8 +37,9 @@ def measure(root):
             figures["float32"][name] = compare(console, model, tokenizer, (name,), LIMIT, 0)
     figures["float32"]["mmlu, 5-shot"] = compare(console, model, tokenizer, MMLU_SUBJECTS, MMLU_LIMIT, 5)
     model = load_model(directory, "bfloat16")
-    for name, limit in BFLOAT16.items():
-        figures["bfloat16"][name] = compare(console, model, tokenizer, (name,), limit, 0)
+    with fast_products("cpu"):  # for both sides
+        for name, limit in BFLOAT16.items():
+            figures["bfloat16"][name] = compare(console, model, tokenizer, (name,), limit, 0)
     show(console, figures)
     return figures
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tests.benchmarks.bench_profile import peak
-from tests.benchmarks.harness import SOURCE
+from tests.benchmarks.harness import SOURCE, faster_dtype
 
 ZERO_SHOT = {"hellaswag": 100, "piqa": 200, "arc_easy": 200, "arc_challenge": 150}
 # All of MMLU would take HFLM hours: some subjects, with enough questions each for examples to be shared as in a run.
@@ -31,7 +31,7 @@ def measure(root):
     del root
     torch.set_num_threads(1)
     directory = resolve_model(SOURCE, "benchmark")
-    model, tokenizer = load_model(directory), load_tokenizer(directory)
+    model, tokenizer = load_model(directory, faster_dtype()), load_tokenizer(directory)
     console = Console()
     figures = {"dtype": str(model.dtype), "peak_gflops": peak(model.dtype), "tasks": {}}
     for name, limit in ZERO_SHOT.items():

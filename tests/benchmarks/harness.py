@@ -31,6 +31,18 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVI
 OURS, PEER = "ours", "llm-compressor"
 
 
+def faster_dtype():
+    """The dtype that both sides of a comparison compute in: the model's own, or float32 where that is faster."""
+    import platform
+
+    import torch
+
+    from orchestrator.models.float_products import lacks_narrow_products
+
+    lacks = lacks_narrow_products(platform.machine(), torch.backends.cpu.get_cpu_capability())
+    return "float32" if lacks else "auto"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
     """What is compared.
