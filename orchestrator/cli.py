@@ -70,7 +70,8 @@ def demo(out: Path | None) -> int:
 def plan(sweep_file: Path, out: Path | None) -> int:
     """Show what a sweep would do, and do nothing.
 
-    Lists cells, jobs, what is done already in the output directory, and the size of every checkpoint.
+    Lists cells, jobs, what is done already in the output directory, the size of every checkpoint, and the estimated
+    time with what it rests on: a nominal rate, or jobs seen on this device.
     """
     from orchestrator.commands import plan_command
 

@@ -53,6 +53,8 @@ def run_command(
     """Run or resume a sweep; the exit status."""
     from cluster.ray_pool import RayPool
     from cluster.session import ray_session
+    from orchestrator.cost_store import observations_file
+    from orchestrator.models.source import node_cache
     from orchestrator.store import Store
     from orchestrator.sweep import Driver, claim_output, finished_jobs
     from orchestrator.view import make_view
@@ -83,7 +85,15 @@ def run_command(
             pool = RayPool(session, FACTORY, variables)
         try:
             with Store(layout) as store:
-                driver = Driver(sweep=sweep, plan=plan, inputs=inputs, layout=layout, store=store, pool=pool)
+                driver = Driver(
+                    sweep=sweep,
+                    plan=plan,
+                    inputs=inputs,
+                    layout=layout,
+                    store=store,
+                    pool=pool,
+                    kept=observations_file(node_cache()),
+                )
                 with _interrupts(driver.stop, console):
                     summary = driver.run(make_view(console))
         finally:
@@ -138,7 +148,11 @@ def _conclude(summary: Summary, file: Path, out: Path | None, layout: Layout, co
 
 def plan_command(file: Path, *, out: Path | None) -> int:
     """Print what a sweep would do."""
+    from orchestrator.cost_store import observations_file
+    from orchestrator.forecast import describe, devices_of, forecast
+    from orchestrator.models.source import node_cache
     from orchestrator.rows import size_columns
+    from orchestrator.store import events_of
     from orchestrator.sweep import claim_output, finished_jobs
 
     console = Console()
@@ -169,6 +183,13 @@ def plan_command(file: Path, *, out: Path | None) -> int:
     console.print(table)
     largest = max(model.shape.fp_bytes for model in inputs.models.values())
     console.print(f"output: {layout.root}; a worker maps at most {largest / 1e6:.0f} MB of weights", highlight=False)
+    devices = devices_of(sweep.workers)
+    events = events_of(layout.root)
+    found = forecast(plan.jobs, inputs, devices, events=events, kept=observations_file(node_cache()))
+    if found.warning:
+        console.print(f"warning: {found.warning}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+    for line in describe(found, plan.jobs, done, devices):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     return OK
 
 

@@ -151,7 +151,7 @@ EVENTS = Table(
         "status": "string",
         "error_kind": "string",
         "error": "string",
-        "seconds": "float64",
+        "seconds": "float64",  # that a job took; of session_started, that all is estimated to take
         "at": _TIMESTAMP,
     },
 )

@@ -12,8 +12,7 @@ from rich.table import Table
 from orchestrator.config import read_sweep
 from orchestrator.errors import BitatlasError
 from orchestrator.layout import Layout
-from orchestrator.schema import EVENTS
-from orchestrator.store import read_table
+from orchestrator.store import events_of
 from orchestrator.view import clock
 
 _ENDED = {"finished", "reused", "failed"}
@@ -29,7 +28,7 @@ def print_status(directory: Path, console: Console) -> int:
     if not layout.sweep.exists():
         raise BitatlasError(f"{directory} holds no sweep (no sweep.yaml); give the --out directory of `bitatlas run`")
     sweep = read_sweep(layout.sweep)
-    events = sorted(read_table(directory, EVENTS).to_pylist(), key=lambda event: event["at"])
+    events = events_of(directory)
     latest: dict[str, dict[str, Any]] = {event["job_id"]: event for event in events if event["job_id"]}
     ended = {job: event for job, event in latest.items() if event["event"] in _ENDED}
     failed = [event for event in ended.values() if event["event"] == "failed"]
@@ -40,7 +39,7 @@ def print_status(directory: Path, console: Console) -> int:
     running = running if alive else []
     console.print(
         f"{sweep.name}: {len(ended) - len(failed)} jobs done, {len(running)} running, {len(failed)} failed; "
-        f"{_state(sessions)}",
+        f"{_state(sessions)}{_left(sessions[-1]) if alive else ''}",
         highlight=False,
     )
     if running:
@@ -65,3 +64,11 @@ def _state(sessions: list[dict[str, Any]]) -> str:
     if last["event"] == "session_started":
         return f"a driver started {last['at']:%Y-%m-%d %H:%M:%S} UTC and has not ended (running, or killed)"
     return f"{last['status']} {last['at']:%Y-%m-%d %H:%M:%S} UTC"
+
+
+def _left(started: dict[str, Any]) -> str:
+    """What is left of the time that a session was estimated to take when it started."""
+    if started["seconds"] is None:
+        return ""
+    left = started["seconds"] - (datetime.now(UTC) - started["at"]).total_seconds()
+    return f"; left ~{clock(left)} by its first estimate" if left > 0 else "; longer at work than first estimated"

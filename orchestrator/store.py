@@ -170,6 +170,11 @@ def job_states(directory: Path) -> dict[str, str]:
     }
 
 
+def events_of(directory: Path) -> list[dict[str, Any]]:
+    """All events in the order in which they happened."""
+    return sorted(read_table(directory, EVENTS).to_pylist(), key=lambda event: event["at"])
+
+
 def _disk_error(directory: Path, error: OSError) -> BitatlasError:
     return BitatlasError(
         f"cannot write to {directory} ({error.strerror or error}); what is done is kept and readable: "

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -14,15 +16,19 @@ from cluster.failures import Failure
 from cluster.pool import Completion, Pool, WorkerInfo
 from orchestrator.artifacts import remove_unfinished
 from orchestrator.config import Sweep, resolved
+from orchestrator.cost import observe
+from orchestrator.cost_store import add_observations
 from orchestrator.errors import BitatlasError
+from orchestrator.forecast import Devices, forecast
 from orchestrator.inputs import Inputs
 from orchestrator.layout import Layout
 from orchestrator.plan import Job, Plan
+from orchestrator.remaining import Remaining
 from orchestrator.rows import failure_row, outcome_rows
 from orchestrator.schedule import Schedule
 from orchestrator.schema import SLICES, TABLES
 from orchestrator.slices import merged_outcome, slice_row, workers_of
-from orchestrator.store import Store, job_states, read_table
+from orchestrator.store import Store, events_of, job_states, read_table
 from orchestrator.view import View
 from orchestrator.worker import payload_of
 
@@ -88,10 +94,24 @@ def finished_jobs(layout: Layout, plan: Plan) -> set[str]:
 class Driver:
     """Runs a plan on a pool until everything is finished, failed, or told to stop."""
 
-    def __init__(self, *, sweep: Sweep, plan: Plan, inputs: Inputs, layout: Layout, store: Store, pool: Pool) -> None:
-        """Gather what a run needs; nothing starts yet."""
+    def __init__(
+        self,
+        *,
+        sweep: Sweep,
+        plan: Plan,
+        inputs: Inputs,
+        layout: Layout,
+        store: Store,
+        pool: Pool,
+        kept: Path | None = None,
+    ) -> None:
+        """Gather what a run needs; nothing starts yet.
+
+        Args:
+            kept: the file of what earlier sweeps' jobs took, read for estimates and added to in the end; None is none.
+        """
         self._sweep, self._plan, self._inputs, self._layout = sweep, plan, inputs, layout
-        self._store, self._pool = store, pool
+        self._store, self._pool, self._kept = store, pool, kept
         self._started: dict[str, datetime] = {}
         self._failures: list[str] = []
         self._warnings: list[str] = []
@@ -115,9 +135,12 @@ class Driver:
         done = finished_jobs(self._layout, self._plan)
         self._store.forget(name for job in self._plan.jobs if job.id not in done for name in (job.id, job.whole.id))
         self._forget_merged_slices()
+        estimates = self._estimates()
         schedule = Schedule(self._plan.jobs, done)
-        self._store.commit({"events": [self._event("session_started")]})
-        view.begin(self._plan, schedule, self._pool.workers)
+        self._remaining = Remaining(self._plan.jobs, estimates)
+        estimated = self._time_left(schedule)
+        self._store.commit({"events": [self._event("session_started", seconds=estimated)]})
+        view.begin(self._plan, schedule, self._pool.workers, lambda: self._time_left(schedule))
         interrupted = False
         try:
             while not schedule.done:
@@ -129,6 +152,7 @@ class Driver:
                 view.update(schedule, self._pool.activity())
                 while self._warnings:
                     view.warn(self._warnings.pop(0))
+            self._keep_observations(view)
         finally:
             view.end(schedule)
         left = schedule.unfinished
@@ -142,6 +166,29 @@ class Driver:
             interrupted=interrupted,
             failures=tuple(self._failures),
         )
+
+    def _estimates(self) -> dict[str, float]:
+        """Job id -> estimated seconds on a worker of the kind that most are."""
+        infos = self._pool.workers.values()
+        name, count = next(iter(Counter(info.device for info in infos).most_common(1)), (None, 1))
+        kinds = (info.name.partition("@")[0].rpartition("-")[0] for info in infos)
+        devices = Devices(kind=next(kinds, "cpu"), name=name, count=count, threads=self._sweep.workers.threads)
+        events = events_of(self._layout.root)
+        found = forecast(self._plan.jobs, self._inputs, devices, events=events, kept=self._kept)
+        if found.warning:
+            self._warnings.append(found.warning)
+        return found.seconds
+
+    def _time_left(self, schedule: Schedule) -> float:
+        return self._remaining.seconds(schedule, workers=len(self._pool.workers), now=time.monotonic())
+
+    def _keep_observations(self, view: View) -> None:
+        """Leave what this session's jobs took for the next sweep's estimates."""
+        events = [event for event in events_of(self._layout.root) if event["session"] == self._store.session]
+        new = observe(events, self._plan.jobs, self._inputs, threads=self._sweep.workers.threads)
+        warning = add_observations(self._kept, new) if self._kept is not None and new else None
+        if warning:
+            view.warn(warning)
 
     def _write_sweep(self) -> None:
         scratch = self._layout.sweep.with_name(".sweep.yaml.tmp")
@@ -166,6 +213,7 @@ class Driver:
             if job is None:
                 continue
             self._started[job.id] = datetime.now(UTC)
+            self._remaining.start(job, time.monotonic())
             self._pool.submit(worker, payload_of(job, self._inputs, self._layout))
             events.append(self._job_event("started", job, worker, schedule.attempts[job.id]))
         if events:
@@ -202,6 +250,8 @@ class Driver:
         self._finished += 1
         worker, times = self._pool.workers[completion.worker], (self._started[job.id], datetime.now(UTC))
         event, status = "reused" if completion.result.get("reused") else "finished", "ok"
+        if event == "finished":
+            self._remaining.finish(job, completion.seconds)
         if job.slice is None:
             status = self._add_rows(job, completion.result, worker, times, rows)
         else:

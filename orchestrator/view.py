@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from rich.console import Console, Group
@@ -17,13 +17,17 @@ from orchestrator.plan import Plan
 from orchestrator.schedule import Schedule
 
 _LINE_SECONDS = 30.0
+TimeLeft = Callable[[], float]
+"""Estimated seconds until all is done."""
 
 
 class View(Protocol):
     """Told of a run by the driver; never asked."""
 
-    def begin(self, plan: Plan, schedule: Schedule, workers: Mapping[str, WorkerInfo]) -> None:
-        """The run starts."""
+    def begin(
+        self, plan: Plan, schedule: Schedule, workers: Mapping[str, WorkerInfo], left: TimeLeft | None = None
+    ) -> None:
+        """The run starts; `left` tells how long the rest takes."""
 
     def update(self, schedule: Schedule, activity: Mapping[str, str]) -> None:
         """Called several times a second."""
@@ -38,7 +42,9 @@ class View(Protocol):
 class QuietView:
     """Shows nothing; for tests and for callers that have their own display."""
 
-    def begin(self, plan: Plan, schedule: Schedule, workers: Mapping[str, WorkerInfo]) -> None:
+    def begin(
+        self, plan: Plan, schedule: Schedule, workers: Mapping[str, WorkerInfo], left: TimeLeft | None = None
+    ) -> None:
         """Nothing."""
 
     def update(self, schedule: Schedule, activity: Mapping[str, str]) -> None:
@@ -59,12 +65,12 @@ def make_view(console: Console) -> View:
 class _Counts:
     """Cells and jobs done, and the time that the rest may take."""
 
-    def __init__(self, plan: Plan, schedule: Schedule) -> None:
+    def __init__(self, plan: Plan, left: TimeLeft | None) -> None:
         self._jobs_of_cell: dict[str, set[str]] = {}
         for job in plan.jobs:
             self._jobs_of_cell.setdefault(job.cell.id, set()).add(job.id)
         self._began = time.monotonic()
-        self._before = len(schedule.finished)
+        self._left = left
         self.total_jobs = len(plan.jobs)
         self.total_cells = len(self._jobs_of_cell)
 
@@ -79,11 +85,8 @@ class _Counts:
     def elapsed(self) -> float:
         return time.monotonic() - self._began
 
-    def remaining(self, schedule: Schedule) -> str:
-        done = self.jobs_done(schedule) - self._before
-        if not done:
-            return "?"
-        return clock(self.elapsed / done * schedule.unfinished)
+    def remaining(self) -> str:
+        return "?" if self._left is None else clock(self._left())
 
 
 class LiveView:
@@ -94,9 +97,11 @@ class LiveView:
         self._console = console
         self._activity: Mapping[str, str] = {}
 
-    def begin(self, plan: Plan, schedule: Schedule, workers: Mapping[str, WorkerInfo]) -> None:
+    def begin(
+        self, plan: Plan, schedule: Schedule, workers: Mapping[str, WorkerInfo], left: TimeLeft | None = None
+    ) -> None:
         """Start drawing."""
-        self._counts = _Counts(plan, schedule)
+        self._counts = _Counts(plan, left)
         self._workers = workers
         self._since: dict[str, tuple[str, float]] = {}
         self._bar = Progress(
@@ -127,7 +132,7 @@ class LiveView:
 
     def _draw(self, schedule: Schedule) -> Group:
         counts = self._counts
-        self._bar.update(self._task, completed=counts.jobs_done(schedule), left="~" + counts.remaining(schedule))
+        self._bar.update(self._task, completed=counts.jobs_done(schedule), left="~" + counts.remaining())
         table = Table(box=None, padding=(0, 1), show_header=False, expand=True)
         table.add_column(style="cyan", no_wrap=True)
         table.add_column(no_wrap=True, ratio=1)
@@ -154,9 +159,11 @@ class LineView:
         """Print on this console."""
         self._console = console
 
-    def begin(self, plan: Plan, schedule: Schedule, workers: Mapping[str, WorkerInfo]) -> None:
+    def begin(
+        self, plan: Plan, schedule: Schedule, workers: Mapping[str, WorkerInfo], left: TimeLeft | None = None
+    ) -> None:
         """Say what is to be done."""
-        self._counts = _Counts(plan, schedule)
+        self._counts = _Counts(plan, left)
         self._labels = {job.id: job.label for job in plan.jobs}
         self._ended = set(schedule.finished)
         self._last = time.monotonic()
@@ -175,7 +182,7 @@ class LineView:
             doing = "; ".join(
                 f"{worker}: {job.label} {activity.get(worker, '')}".rstrip() for worker, job in schedule.running.items()
             )
-            self._print(f"[{self._position(schedule)}] left ~{self._counts.remaining(schedule)}; {doing}")
+            self._print(f"[{self._position(schedule)}] left ~{self._counts.remaining()}; {doing}")
 
     def warn(self, text: str) -> None:
         """Print it."""

@@ -123,13 +123,25 @@ def test_what_only_the_model_can_tell_is_refused_before_anything_starts(
     assert files_in(tmp_path) == ["study.yaml"]
 
 
-def test_plan_shows_cells_and_writes_nothing(invoke, tmp_path, write_sweep, tiny_checkpoint):
-    status, out, _ = invoke("plan", write_sweep(models=[{"name": "tiny", "source": str(tiny_checkpoint)}]))
+def test_plan_shows_cells_and_writes_nothing(invoke, tmp_path, write_sweep, tiny_checkpoint, monkeypatch):
+    monkeypatch.setattr("orchestrator.cost_store.observations_file", lambda _: tmp_path / "none")
+    models = [{"name": "tiny", "source": str(tiny_checkpoint)}]
+    status, out, _ = invoke("plan", write_sweep(models=models, workers={"device": "cpu", "count": 2}))
     assert status == 0
+    assert "estimated time: under 1 min on 2 cpu workers; under 1 min of one worker's time\n" in out
+    assert "analytic, not yet fitted to this machine: at a nominal 25 GFLOP/s per worker" in out
     assert "study: 4 cells, 11 jobs, 0 done" in out
     for word in ("tiny.fp", "tiny.rtn-w8-g64", "tiny.gptq-w4-g64", "16.000", "4.361", "8.375"):
         assert word in out
     assert files_in(tmp_path) == ["study.yaml"]
+
+
+def test_plan_warns_of_damaged_rates(invoke, tmp_path, write_sweep, tiny_checkpoint, monkeypatch):
+    (tmp_path / "rates").write_text("{")
+    monkeypatch.setattr("orchestrator.cost_store.observations_file", lambda _: tmp_path / "rates")
+    status, out, _ = invoke("plan", write_sweep(models=[{"name": "tiny", "source": str(tiny_checkpoint)}]))
+    assert status == 0
+    assert "rates is damaged and not used for estimates" in out
 
 
 @pytest.mark.parametrize("command", ["run", "plan"])

@@ -65,6 +65,27 @@ def test_while_it_runs(sweep_directory):
     assert "tiny a" not in text
 
 
+def test_the_time_left_by_the_first_estimate(sweep_directory):
+    commit(sweep_directory, {"event": "session_started", "seconds": 3700.5}, job("started", "a"))
+    text = told(sweep_directory)[1]
+    assert "; left ~1:00:0" in text or "; left ~59:5" in text  # 100 s and a little after it started
+    assert "by its first estimate" in text
+
+
+def test_longer_than_estimated(sweep_directory):
+    commit(sweep_directory, {"event": "session_started", "seconds": 50.0}, job("started", "a"))
+    assert "longer at work than first estimated" in told(sweep_directory)[1]
+
+
+def test_an_ended_session_has_no_time_left(sweep_directory):
+    commit(
+        sweep_directory, {"event": "session_started", "seconds": 3700.0}, {"event": "session_ended", "status": "ended"}
+    )
+    text = told(sweep_directory)[1]
+    assert "left ~" not in text
+    assert "longer" not in text
+
+
 def test_after_it_ended_with_a_failure(sweep_directory):
     commit(
         sweep_directory,

@@ -69,9 +69,6 @@ def test_lines_now_and_then(plan, console, monkeypatch):
     monkeypatch.setattr(view, "_LINE_SECONDS", -1.0)
     lines.update(schedule, {"cpu-0@host": "perplexity: window 1/2"})
     assert console.export_text() == "[0/8 0:00] left ~?; cpu-0@host: tiny fp: boolq-passages perplexity: window 1/2\n"
-    schedule.finish("cpu-0@host")
-    lines.update(schedule, {})
-    assert "left ~0:00" in console.export_text()
 
 
 def test_a_resumed_sweep_does_not_tell_again(plan, console):
@@ -82,18 +79,24 @@ def test_a_resumed_sweep_does_not_tell_again(plan, console):
     assert console.export_text() == "3 cells, 8 jobs, 1 done before; workers: cpu-0@host, cpu-1@host\n"
 
 
-def test_the_time_left_is_reckoned_from_this_run_alone(plan, console, monkeypatch):
-    now = [1000.0]
-    monkeypatch.setattr(view.time, "monotonic", lambda: now[0])
+def test_the_time_left_is_the_one_that_is_told(plan, console, monkeypatch):
     monkeypatch.setattr(view, "_LINE_SECONDS", -1.0)
-    schedule = Schedule(plan.jobs, [job.id for job in plan.jobs[:4]])
+    schedule, left = Schedule(plan.jobs), [3723.9]
     lines = LineView(console)
-    lines.begin(plan, schedule, WORKERS)
-    schedule.next_for("cpu-0@host")
-    schedule.finish("cpu-0@host")
-    now[0] += 10
+    lines.begin(plan, schedule, WORKERS, lambda: left[0])
     lines.update(schedule, {})
-    assert "[5/8 0:10] left ~0:30; " in console.export_text()
+    assert "[0/8 0:00] left ~1:02:03; " in console.export_text()
+    left[0] = 30.0
+    lines.update(schedule, {})
+    assert "[0/8 0:00] left ~0:30; " in console.export_text()
+
+
+def test_the_live_table_tells_the_time_left(plan):
+    console = Console(record=True, width=120, height=20, file=io.StringIO(), force_terminal=True)
+    live = LiveView(console)
+    live.begin(plan, Schedule(plan.jobs), WORKERS, lambda: 90.0)
+    live.end(Schedule(plan.jobs))
+    assert "left ~1:30" in console.export_text()
 
 
 def test_brackets_are_no_markup(plan, console):

@@ -1,0 +1,114 @@
+"""The driver's estimates: told to the view, corrected as jobs end, kept for the next sweep. Jobs here are made up."""
+
+import json
+
+import numpy as np
+import pytest
+
+from cluster.pool import Completion, WorkerInfo
+from orchestrator.cost_store import read_observations
+from orchestrator.inputs import Inputs
+from orchestrator.layout import Layout
+from orchestrator.plan import make_plan
+from orchestrator.schema import EVENTS
+from orchestrator.store import Store, read_table
+from orchestrator.sweep import Driver
+from orchestrator.view import QuietView
+
+OUTCOME = {
+    "reused": False,
+    "layers": [],
+    "metrics": [],
+    "items": [],
+    "protocol": {},
+    "seconds": 2.0,
+    "peak_memory_bytes": None,
+    "quantize_seconds": None,
+    "stored_bytes": None,
+    "published_bits_per_weight": None,
+}
+
+
+class MadeUpPool:
+    """Two workers whose jobs take 2 seconds, by their own account; quantizing finds its artifact there already."""
+
+    def __init__(self):
+        names = ("cuda-0@a", "cuda-1@a")
+        self.workers = {name: WorkerInfo(name=name, device="card", process_id=0) for name in names}
+        self._running = {}
+
+    def submit(self, worker, payload):
+        self._running[worker] = OUTCOME | {"reused": payload["kind"] == "quantize"}
+
+    def wait(self, _):
+        done, self._running = self._running, {}
+        return [Completion(worker=worker, result=result, seconds=2.0) for worker, result in done.items()]
+
+    def activity(self):
+        return {}
+
+
+class Watching(QuietView):
+    def __init__(self):
+        self.left, self.warnings = [], []
+
+    def begin(self, plan, schedule, workers, left=None):
+        self._left = left
+        self.left.append(left())
+
+    def update(self, schedule, activity):
+        self.left.append(self._left())
+
+    def warn(self, text):
+        self.warnings.append(text)
+
+
+@pytest.fixture
+def run(tmp_path, make_sweep, make_identities, model_input):
+    sweep = make_sweep(grid=[{"method": "rtn", "weight_bits": [8, 4], "group_size": 64}], calibration=None)
+    (corpus,) = sweep.evaluation.perplexity
+    identities = make_identities(sweep)
+    windows = {("tiny", corpus.key): np.zeros((2, 64), np.int64)}
+    inputs = Inputs(models={"tiny": model_input}, windows=windows, identities=identities)
+
+    def start(out, kept):
+        layout, view, plan = Layout(tmp_path / out), Watching(), make_plan(sweep, identities)
+        with Store(layout) as store:
+            driver = Driver(
+                sweep=sweep, plan=plan, inputs=inputs, layout=layout, store=store, pool=MadeUpPool(), kept=kept
+            )
+            summary = driver.run(view)
+        assert (summary.finished, summary.failed, summary.left) == (8, 0, 0)
+        return layout, view
+
+    return start
+
+
+def test_kept_for_the_next_sweep(run, tmp_path):
+    kept = tmp_path / "cache" / "rates.json"
+    _, view = run("first", kept)
+    assert view.warnings == []
+    assert view.left[0] < 1  # by the nominal rate this model takes no time
+    assert view.left[-1] == 0
+    seen = read_observations(kept)[0].seen
+    assert list(seen) == ["card"]
+    assert {kind: len(jobs) for kind, jobs in seen["card"].items()} == {"perplexity": 3, "task arc_easy": 3}
+
+    layout, view = run("second", kept)
+    assert view.left[0] == pytest.approx(6, rel=0.5)  # six evaluations of 2 s on two workers
+    (started,) = [row for row in read_table(layout.root, EVENTS).to_pylist() if row["event"] == "session_started"]
+    assert started["seconds"] == pytest.approx(view.left[0], rel=0.01)
+
+
+def test_damage_is_told_and_mended(run, tmp_path):
+    kept = tmp_path / "rates.json"
+    kept.write_text("{")
+    _, view = run("out", kept)
+    assert [warning for warning in view.warnings if "is damaged and not used" in warning] == view.warnings
+    assert len(view.warnings) == 1
+    assert set(json.loads(kept.read_text())["devices"]["card"]) == {"perplexity", "task arc_easy"}
+
+
+def test_nothing_is_kept_where_no_place_is_named(run, tmp_path):
+    run("out", None)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
