@@ -19,7 +19,7 @@ def peak_mib():
 
 torch.set_num_threads(1)
 torch.set_default_dtype(torch.bfloat16)
-config = LlamaConfig(vocab_size={VOCABULARY}, hidden_size=1024, intermediate_size=2048, num_hidden_layers=1,
+config = LlamaConfig(vocab_size={VOCABULARY}, hidden_size=256, intermediate_size=512, num_hidden_layers=1,
                      num_attention_heads=8, max_position_embeddings={TOKENS})
 model = LlamaForCausalLM(config).eval()
 windows = np.random.default_rng(0).integers(0, {VOCABULARY}, size=(1, {TOKENS}))
