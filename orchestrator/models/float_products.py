@@ -1,12 +1,12 @@
 """16-bit matrix products on processors that have none: computed in float32, rounded once.
 
-There torch's own bfloat16 products are slower than float32's (a processor with AVX2 alone: 9 against 57 GFLOP/s). Both
-add up in float32 and round once, so that results differ in their last bits alone, as between any two machines.
+There torch's own bfloat16 products are slower than float32's: on a processor with AVX2 alone 9 against 57 GFLOP/s, with
+AVX-512 but not its bfloat16 instructions 24 against 81. Both add up in float32 and round once, so that results differ in
+their last bits alone, as between any two machines.
 """
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -34,20 +34,18 @@ def fast_products(torch_device: str) -> AbstractContextManager[object]:
     Args:
         torch_device: where the model is: "cpu", "cuda:0", "npu:0".
     """
-    capability = torch.backends.cpu.get_cpu_capability()
-    if torch_device == "cpu" and lacks_narrow_products(platform.machine(), capability):
+    if torch_device == "cpu" and lacks_narrow_products(torch.cpu.get_capabilities()):
         return FloatProducts()
     return nullcontext()
 
 
-def lacks_narrow_products(machine: str, capability: str) -> bool:
-    """Whether torch's 16-bit products are slow: on x86 without AVX-512, with which oneDNN takes them.
+def lacks_narrow_products(capabilities: Mapping[str, object]) -> bool:
+    """Whether torch's 16-bit products are slow: on x86 without AVX512-BF16, the instructions that oneDNN takes for them.
 
     Args:
-        machine: as `platform.machine()`.
-        capability: as `torch.backends.cpu.get_cpu_capability()`.
+        capabilities: as `torch.cpu.get_capabilities()`.
     """
-    return machine in {"x86_64", "AMD64"} and not capability.startswith("AVX512")
+    return capabilities.get("architecture") == "x86_64" and not capabilities.get("avx512_bf16")
 
 
 class FloatProducts(TorchFunctionMode):

@@ -13,8 +13,6 @@ from orchestrator.layout import Layout
 from orchestrator.status import print_status
 from orchestrator.store import Store
 
-NOW = datetime.now(UTC)
-
 
 @pytest.fixture
 def sweep_directory(tmp_path, make_sweep):
@@ -31,9 +29,10 @@ def told(layout):
 
 
 def commit(layout, *events):
+    now = datetime.now(UTC)  # not the module's: a long suite may have begun a quarter of an hour ago
     with Store(layout) as store:
         for age, event in enumerate(events):
-            store.commit({"events": [{"at": NOW - timedelta(seconds=100 - age)} | event]})
+            store.commit({"events": [{"at": now - timedelta(seconds=100 - age)} | event]})
 
 
 def job(kind, name, **more):

@@ -65,10 +65,16 @@ def test_a_model_computes_what_it_did():
 
 
 def test_only_processors_without_them():
-    assert lacks_narrow_products("x86_64", "AVX2")
-    assert lacks_narrow_products("x86_64", "DEFAULT")
-    assert not lacks_narrow_products("x86_64", "AVX512")
-    assert not lacks_narrow_products("aarch64", "DEFAULT")
+    assert lacks_narrow_products({"architecture": "x86_64", "avx2": True})
+    assert lacks_narrow_products({"architecture": "x86_64", "avx512_f": True, "avx512_bf16": False})
+    assert not lacks_narrow_products({"architecture": "x86_64", "avx512_f": True, "avx512_bf16": True})
+    assert not lacks_narrow_products({"architecture": "aarch64"})
+
+
+def test_what_torch_says_of_this_processor():
+    capabilities = torch.cpu.get_capabilities()
+    assert capabilities["architecture"]
+    assert capabilities["architecture"] != "x86_64" or "avx512_bf16" in capabilities
 
 
 @pytest.mark.parametrize(
