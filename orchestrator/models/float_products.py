@@ -1,8 +1,8 @@
 """16-bit matrix products on processors that have none: computed in float32, rounded once.
 
 There torch's own bfloat16 products are slower than float32's: on a processor with AVX2 alone 9 against 57 GFLOP/s, with
-AVX-512 but not its bfloat16 instructions 24 against 81. Both add up in float32 and round once, so that results differ in
-their last bits alone, as between any two machines.
+AVX-512 but not its bfloat16 instructions 24 against 81. Both add up in float32 and round once, so that results differ
+in their last bits alone, as between any two machines.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def fast_products(torch_device: str) -> AbstractContextManager[object]:
 
 
 def lacks_narrow_products(capabilities: Mapping[str, object]) -> bool:
-    """Whether torch's 16-bit products are slow: on x86 without AVX512-BF16, the instructions that oneDNN takes for them.
+    """Whether torch's 16-bit products are slow: on x86 without AVX512-BF16, which oneDNN has fast ones for.
 
     Args:
         capabilities: as `torch.cpu.get_capabilities()`.
