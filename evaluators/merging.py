@@ -34,6 +34,7 @@ def merge(parts: Sequence[TaskResult]) -> TaskResult:
         first,
         num_truncated=sum(part.num_truncated for part in parts),
         scoring="; ".join(dict.fromkeys(part.scoring for part in parts)),
+        chat=dict(entry for part in parts for entry in part.chat.items()),
         metrics=metrics + text_metrics(items),
         items=items,
     )

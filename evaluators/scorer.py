@@ -32,6 +32,7 @@ from evaluators.tree_attention import TreeRunner, cost_for, reason_against
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
+    from evaluators.chat import Chat
     from evaluators.prefix_tree import Tokens
 
 # HFLM's own default for a model that does not state its context.
@@ -101,6 +102,8 @@ class Scorer(TemplateLM):  # type: ignore[misc]  # lm_eval is untyped
         *,
         pack_tokens: int | None = None,
         seed: int = 0,
+        chat: Chat | None = None,
+        thinking_tokens: int = 0,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         """Take a model in evaluation mode and its tokenizer.
@@ -110,6 +113,8 @@ class Scorer(TemplateLM):  # type: ignore[misc]  # lm_eval is untyped
             tokenizer: its tokenizer.
             pack_tokens: most tokens of one forward pass; a longer segment runs alone. None is what suits the device.
             seed: of what is drawn when texts are generated.
+            chat: how conversations are rendered, where prompts are conversations.
+            thinking_tokens: for a thought, on top of what a task allows for an answer.
             progress: called with requests done and their number.
 
         Raises:
@@ -131,6 +136,8 @@ class Scorer(TemplateLM):  # type: ignore[misc]  # lm_eval is untyped
         self.work = Work()
         self.generated: dict[tuple[str | None, int | None], list[Generated]] = defaultdict(list)
         self._seed = seed
+        self._chat = chat
+        self._thinking_tokens = thinking_tokens
         self._end_tokens = _end_tokens(model, tokenizer)
         self._progress = progress
         self._before, self._total = 0, 0  # requests of earlier units, and of all
@@ -156,6 +163,21 @@ class Scorer(TemplateLM):  # type: ignore[misc]  # lm_eval is untyped
             add_special_tokens = False
         options = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
         return list(self.tokenizer.encode(string, **options))
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Part of lm-eval's key for cached requests; none are cached."""
+        return ""
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The text of a conversation, in the scorer's mode.
+
+        Raises:
+            EvaluationError: the template refuses the conversation.
+        """
+        if self._chat is None:
+            raise AssertionError("a scorer of conversations is made with `chat`")
+        return self._chat.render(chat_history, add_generation_prompt=add_generation_prompt)
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         """Log-likelihood of each request's continuation, and whether greedy decoding would produce it."""
@@ -185,7 +207,12 @@ class Scorer(TemplateLM):  # type: ignore[misc]  # lm_eval is untyped
             for index in unit.indices:
                 groups[json.dumps(requests[index].args[1], sort_keys=True)].append(index)
             for arguments, indices in groups.items():
-                decoding = decoding_of(json.loads(arguments), seed=unit.seed(self._seed))
+                decoding = decoding_of(
+                    json.loads(arguments),
+                    seed=unit.seed(self._seed),
+                    thought=None if self._chat is None else self._chat.thought,
+                    thinking_tokens=self._thinking_tokens,
+                )
                 contexts = [self._context(requests[index].args[0], decoding) for index in indices]
                 found = generator.generate(
                     contexts,

@@ -30,6 +30,7 @@ class Source:
             names, or from the local cache of it.
         scored_split: which of them is scored. lm-eval's own choice (None) wherever that is packaged; else a result says
             so, by `split` that differs from `protocol_split`.
+        generates: whether the answers are texts, not choices that are scored.
         runs_code: whether the answers are programs that are run (in the sandbox, and only where that is allowed).
         extra: lm-eval's name of the optional packages that the task's definition imports.
         nltk_data: what the definition would download for NLTK where it is not there.
@@ -38,6 +39,7 @@ class Source:
     folder: str
     splits: Mapping[str, Callable[[], Dataset]] = field(default_factory=dict)
     scored_split: str | None = None
+    generates: bool = False
     runs_code: bool = False
     extra: str | None = None
     nltk_data: str | None = None
@@ -74,6 +76,7 @@ TASKS: dict[str, Source] = {
         folder="gsm8k",
         splits={"test": packaged.gsm8k_test},
         scored_split="test",
+        generates=True,
     ),
     "hellaswag": Source(
         folder="hellaswag",
@@ -84,12 +87,14 @@ TASKS: dict[str, Source] = {
         folder="humaneval",
         splits={"test": packaged_code.humaneval_test},
         scored_split="test",
+        generates=True,
         runs_code=True,
     ),
     "mbpp": Source(
         folder="mbpp",
         splits={"test": packaged_code.mbpp_test},
         scored_split="test",
+        generates=True,
         runs_code=True,
     ),
     "openbookqa": Source(
@@ -127,9 +132,9 @@ TASKS: dict[str, Source] = {
 
 # Their data is not packaged.
 TASKS |= {
-    "gsm8k": Source(folder="gsm8k"),
-    "ifeval": Source(folder="ifeval", extra="ifeval", nltk_data="tokenizers/punkt_tab"),
-    "minerva_math500": Source(folder="minerva_math", extra="math"),
+    "gsm8k": Source(folder="gsm8k", generates=True),
+    "ifeval": Source(folder="ifeval", generates=True, extra="ifeval", nltk_data="tokenizers/punkt_tab"),
+    "minerva_math500": Source(folder="minerva_math", generates=True, extra="math"),
     "race": Source(folder="race"),
     "truthfulqa_mc1": Source(folder="truthfulqa"),
     "truthfulqa_mc2": Source(folder="truthfulqa"),
@@ -184,6 +189,11 @@ def check_permission(name: str, *, allow_code_execution: bool) -> None:
 def subtasks_of(name: str) -> tuple[str, ...]:
     """The tasks behind a name: those of a group, else the task itself."""
     return GROUPS.get(name, (name,))
+
+
+def generates(name: str) -> bool:
+    """Whether the answers to a task or group are texts, not choices that are scored."""
+    return TASKS[subtasks_of(name)[0]].generates
 
 
 def is_packaged(name: str) -> bool:

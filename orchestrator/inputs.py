@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from evaluators.chat import check_chat
 from evaluators.corpora import Corpus, calibration_windows, evaluation_windows
 from evaluators.errors import EvaluationError
 from evaluators.harness import check_protocol, count_units, task_identity
+from evaluators.tasks import generates
 from orchestrator.config import CalibrationConfig, PerplexityConfig, Sweep, TaskConfig
 from orchestrator.errors import BitatlasError
 from orchestrator.models.checkpoint import checkpoint_digest
@@ -93,7 +95,7 @@ def prepare(sweep: Sweep, file: str) -> Inputs:
             windows[model.name, corpus.key] = ids
             evaluations[model.name, corpus.key] = _perplexity_hash(corpus, ids)
         for number, task in enumerate(sweep.evaluation.tasks):
-            evaluations[model.name, task.key] = _task_hash(task, f"{file}: evaluation.tasks[{number}]")
+            evaluations[model.name, task.key] = _task_hash(task, tokenizer, f"{file}: evaluation.tasks[{number}]")
             if task.slices > 1 and task.key not in units:
                 units[task.key] = _units(task, f"{file}: evaluation.tasks[{number}]")
     identities = Identities(
@@ -186,10 +188,14 @@ def divergence_facts() -> dict[str, Any]:
     return {"reference": "fp", "top_k": TOP_K, "version": VERSION}
 
 
-def _task_hash(task: TaskConfig, where: str) -> str:
+def _task_hash(task: TaskConfig, tokenizer: Any, where: str) -> str:
     try:
         check_protocol(task.name, task.num_fewshot)
-        return content_hash([_TASK_VERSION, task_identity(task.name, task.num_fewshot), task.limit, task.num_fewshot])
+        facts: list[Any] = [_TASK_VERSION, task_identity(task.name, task.num_fewshot), task.limit, task.num_fewshot]
+        if task.chat is not None:
+            chat = check_chat(tokenizer, task.chat, scores_choices=not generates(task.name))
+            facts.append(chat.identity(task.thinking_tokens))
+        return content_hash(facts)
     except EvaluationError as error:
         raise BitatlasError(f"{where}: {error}") from error
 

@@ -69,6 +69,7 @@ def task_outcome(result: TaskResult, *, limit: int | None, is_fp: bool) -> dict[
             "log_likelihoods": item.log_likelihoods,
             "target": item.target,
             "answer": item.answer,
+            "thought": item.thought,
             "answer_tokens": item.answer_tokens,
             "is_cut": item.is_cut,
             "is_loop": item.is_loop,
@@ -85,6 +86,7 @@ def task_outcome(result: TaskResult, *, limit: int | None, is_fp: bool) -> dict[
         "protocol_split": result.protocol_split,
         "truncated": result.num_truncated,
         "scoring": result.scoring,
+        **result.chat,
         "task_version": result.version,
         "lm_eval": importlib.metadata.version("lm-eval"),
     }

@@ -17,7 +17,7 @@ from orchestrator.scheme import UNQUANTIZED_BITS
 SIMULATED = "simulated"
 
 # Columns of an item that has neither a group nor a generated text.
-_NO_TEXT = {"subtask": None, "answer": None, "answer_tokens": None, "is_cut": None, "is_loop": None}
+_NO_TEXT = {"subtask": None, "answer": None, "thought": None, "answer_tokens": None, "is_cut": None, "is_loop": None}
 
 
 def cell_columns(sweep: str, job: Job) -> dict[str, Any]:

@@ -90,7 +90,8 @@ ITEMS = Table(
         "log_likelihoods": "list<float64>",  # natural log, one per choice; one per window for perplexity
         "target": "int64",  # index of the right choice
         "answer": "string",  # the generated text, cut before its first stop string; null where choices were scored
-        "answer_tokens": "int64",
+        "thought": "string",  # what the model thought before it; null where it did not
+        "answer_tokens": "int64",  # of both
         "is_cut": "bool",  # the text was cut at its longest allowed length
         "is_loop": "bool",  # it ends in one piece over and over
         "metric": "string",

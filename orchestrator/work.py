@@ -210,8 +210,11 @@ def task_work(shape: ModelShape, task: TaskConfig) -> float:
         documents = min(documents, task.limit * size.subtasks)
     shots = 0 if size.shares_examples else task.num_fewshot or 0
     prompt = forward_work(shape, documents, size.tokens * (1 + shots), head=False)
+    generated = size.generated
+    if generated and task.chat in ("auto_think", "slow_think"):
+        generated += task.thinking_tokens // 2
     # A generated token costs what it would in a prompt of its length, times DECODING.
-    return prompt + DECODING * forward_work(shape, documents, size.generated, head=True)
+    return prompt + DECODING * forward_work(shape, documents, generated, head=True)
 
 
 def task_size(name: str) -> TaskSize:

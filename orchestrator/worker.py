@@ -297,6 +297,8 @@ class Worker:
             evaluation["name"],
             limit=evaluation["limit"],
             num_fewshot=evaluation["num_fewshot"],
+            chat=evaluation["chat"],
+            thinking_tokens=evaluation["thinking_tokens"],
             allow_code_execution=payload["allow_code_execution"],
             part=payload["slice"],
             progress=self._progress(f"{evaluation['name']}: request"),

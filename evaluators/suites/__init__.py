@@ -18,17 +18,19 @@ class SuiteTask:
         metric: the one that studies report of it; every other is measured too.
         num_fewshot: examples in the prompt; None is the task's own default.
         limit: how many documents; None: all.
+        chat: the thinking mode in which prompts are conversations; None: they are plain text.
     """
 
     name: str
     metric: str
     num_fewshot: int | None = None
     limit: int | None = None
+    chat: str | None = None
 
     @property
     def entry(self) -> dict[str, Any]:
         """As an entry of `tasks` in a sweep file."""
-        found = {"name": self.name, "num_fewshot": self.num_fewshot, "limit": self.limit}
+        found = {"name": self.name, "num_fewshot": self.num_fewshot, "limit": self.limit, "chat": self.chat}
         return {key: value for key, value in found.items() if value is not None}
 
 
