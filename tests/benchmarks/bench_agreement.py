@@ -33,7 +33,7 @@ def measure(root):
     figures = {"float32": {}, "bfloat16": {}}
     model = load_model(directory, "float32")
     for name, source in TASKS.items():
-        if source.splits and name not in GROUPS["mmlu"]:
+        if source.splits and not source.generates and name not in GROUPS["mmlu"]:
             figures["float32"][name] = compare(console, model, tokenizer, (name,), LIMIT, 0)
     figures["float32"]["mmlu, 5-shot"] = compare(console, model, tokenizer, MMLU_SUBJECTS, MMLU_LIMIT, 5)
     model = load_model(directory, "bfloat16")
