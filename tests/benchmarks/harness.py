@@ -33,14 +33,11 @@ OURS, PEER = "ours", "llm-compressor"
 
 def faster_dtype():
     """The dtype that both sides of a comparison compute in: the model's own, or float32 where that is faster."""
-    import platform
-
     import torch
 
     from orchestrator.models.float_products import lacks_narrow_products
 
-    lacks = lacks_narrow_products(platform.machine(), torch.backends.cpu.get_cpu_capability())
-    return "float32" if lacks else "auto"
+    return "float32" if lacks_narrow_products(torch.cpu.get_capabilities()) else "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
