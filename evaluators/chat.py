@@ -231,7 +231,9 @@ def chat_facts(chat: Chat, thinking_tokens: int) -> dict[str, Any]:
         chat: with what it has rendered.
         thinking_tokens: for a thought, on top of the task's own limit; 0 where none comes.
     """
-    facts: dict[str, Any] = {"chat": chat.mode, "chat_template": chat.convention}
+    facts: dict[str, Any] = {"chat": chat.mode}
+    if chat.thought is not None:
+        facts["chat_template"] = chat.convention
     if chat.thinks:
         facts["thinking_tokens"] = thinking_tokens
     if chat.dropped_system:

@@ -119,8 +119,9 @@ def column_labels(columns: Sequence[Column]) -> dict[Column, str]:
         if len(same_metric) > 1:
             protocols = [parse_object(other.protocol) for other in same_metric]
             own = parse_object(column.protocol)
-            differing = pairs({name: own.get(name) for name in _varying(protocols)})
-            parts.append(f"({differing or 'no protocol'})")
+            names = _varying(protocols)
+            differing = pairs({name: own.get(name) for name in names})
+            parts.append(f"({differing or (plain('without ' + ', '.join(names)) if own else 'no protocol')})")
         labels[column] = " ".join(parts)
     return labels
 

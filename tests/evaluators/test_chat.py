@@ -331,7 +331,7 @@ def test_choices_equal_hflm_in_conversations(model, tokenizer, no_network, name,
         expected = [log_likelihood for log_likelihood, _ in sample["filtered_resps"]]
         assert item.log_likelihoods == pytest.approx(expected, abs=1e-4)
         assert "<|im_start|>user" in sample["arguments"][0][0]
-    assert result.chat == {"chat": "default", "chat_template": "without thinking modes"}
+    assert result.chat == {"chat": "default"}
     plain = evaluate_task(model, tokenizer, name, limit=limit, num_fewshot=num_fewshot)
     assert plain.chat == {}
     assert [item.log_likelihoods for item in plain.items] != [item.log_likelihoods for item in result.items]

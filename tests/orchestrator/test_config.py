@@ -58,6 +58,11 @@ REFUSED = [
     ({"evaluation": {"tasks": [{"name": "piqa", "limit": 0}]}}, "evaluation.tasks[0].limit = 0: "),
     ({"evaluation": {"tasks": [{"name": "piqa", "num_fewshot": -1}]}}, "evaluation.tasks[0].num_fewshot = -1: "),
     (
+        {"evaluation": {"tasks": [{"name": "piqa", "chat": "nothink"}]}},
+        "evaluation.tasks[0].chat = 'nothink': must be ",
+    ),
+    ({"evaluation": {"tasks": [{"name": "piqa", "thinking_tokens": 0}]}}, "evaluation.tasks[0].thinking_tokens = 0: "),
+    (
         {"evaluation": {"tasks": [{"name": "piqa"}, {"name": "mbpp"}]}},
         "evaluation: tasks[1]: task mbpp runs programs that the model wrote, in a sandbox, and only where",
     ),

@@ -162,6 +162,23 @@ def test_a_published_recipe_calibrates_and_measures(tiny_sweep, monkeypatch):
     assert evaluation_windows_of(inputs, "tiny", sweep.evaluation.perplexity[0]).shape == (2, 64)
 
 
+def test_a_conversation_is_another_measurement_and_plain_text_what_it_was(tiny_sweep, tiny_checkpoint, tmp_path):
+    def ids(directory, **fields):
+        grid, evaluation = [{"method": "rtn", "weight_bits": 4}], {"tasks": [{"name": "arc_easy", "limit": 3} | fields]}
+        return set(ids_of(tiny_sweep(directory, grid=grid, evaluation=evaluation)).values())
+
+    plain, talk = ids(tiny_checkpoint), ids(tiny_checkpoint, chat="default")
+    assert len(plain - talk) == 2  # fp's and the cell's; what is quantized is the same
+    # A length for thoughts is of no matter where none come.
+    assert ids(tiny_checkpoint, thinking_tokens=9) == plain
+    assert ids(tiny_checkpoint, chat="default", thinking_tokens=9) == talk
+    other = shutil.copytree(tiny_checkpoint, tmp_path / "other")
+    template = other / "chat_template.jinja"
+    template.write_text("Q: {{ messages[-1]['content'] }}" + template.read_text())
+    assert ids(other) == plain
+    assert len(ids(other, chat="default") - talk) == 2
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -176,6 +193,11 @@ def test_a_published_recipe_calibrates_and_measures(tiny_sweep, monkeypatch):
         (
             {"evaluation": {"perplexity": [{"corpus": "lambada", "sequence_length": 2049}]}},
             "evaluation.perplexity[0].sequence_length = 2049 is longer",
+        ),
+        (
+            {"evaluation": {"tasks": [{"name": "boolq"}, {"name": "piqa", "chat": "no_think"}]}},
+            "evaluation.tasks[1]: chat: no_think is no mode of this model: its chat template is of the kind 'without "
+            "thinking modes', which knows default",
         ),
         (
             {"calibration": {"corpus": {"path": "no-such.txt"}}},

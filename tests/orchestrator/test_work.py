@@ -108,6 +108,9 @@ def test_tasks():
     gsm = TASK_SIZES["gsm8k_cot"]  # its eight examples are the same for all, and run once
     generated = forward_work(SHAPE, 4, gsm.tokens, head=False) + DECODING * forward_work(SHAPE, 4, 150, head=True)
     assert task_work(SHAPE, TaskConfig(name="gsm8k_cot", limit=4, num_fewshot=8)) == generated
+    talk = TaskConfig(name="gsm8k_cot", limit=4, chat="default")
+    assert task_work(SHAPE, talk) == generated
+    assert task_work(SHAPE, talk.model_copy(update={"chat": "slow_think"})) > 2 * generated
 
 
 def test_groups_and_tasks_that_are_not_known():

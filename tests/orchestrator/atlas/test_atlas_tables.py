@@ -186,6 +186,19 @@ def test_numbers_of_different_protocols_never_share_a_column() -> None:
     assert "stride 1" in protocol_lines(found)[0][1]
 
 
+def test_one_task_asked_plainly_and_as_a_conversation() -> None:
+    plain = {"task": "boolq", "metric": "acc", "higher_is_better": True}
+    rows = [
+        fp(**plain, value=0.5, protocol='{"limit": 9}'),
+        fp(**plain, value=0.4, protocol='{"limit": 9, "chat": "default"}'),
+    ]
+    found = only_map(rows)
+    assert sorted(found.column_labels[column] for column in found.columns) == [
+        "boolq (chat default)",
+        "boolq (without chat)",
+    ]
+
+
 def test_two_models_keep_to_themselves() -> None:
     config = BARE | {"models": ["b", "a"]}
     rows = [
