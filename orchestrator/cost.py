@@ -24,17 +24,21 @@ if TYPE_CHECKING:
 NOMINAL = {"cpu": 25e9, "simulated-npu": 25e9, "cuda": 20e12, "npu": 20e12}
 # Shorter jobs tell of starting and loading, not of work.
 SHORTEST_SECONDS = 1.0
+# So do jobs of so few operations, a second's at the nominal rate of a core, however long they take: a sweep's own tell
+# of their kind, and the next sweep's model may be another one.
+LEAST_KEPT_WORK = 25e9
 _OWN_WEIGHT = 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class Observation:
-    """A finished job: on which device, what kind of work, and seconds per operation."""
+    """A finished job: on which device, what kind of work, seconds per operation, and how many operations."""
 
     device: str
     kind: str
     job_id: str
     rate: float
+    work: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,7 @@ def observe(
             kind=kind[event["job_id"]],
             job_id=event["job_id"],
             rate=event["seconds"] / work[event["job_id"]],
+            work=work[event["job_id"]],
         )
         for event in events
         if event["event"] == "finished"

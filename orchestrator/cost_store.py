@@ -14,7 +14,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from orchestrator.cost import Observation, Observations
+from orchestrator.cost import LEAST_KEPT_WORK, Observation, Observations
 from orchestrator.work import VERSION
 
 _KEPT = 64  # jobs per device and kind of work, the latest ones
@@ -54,7 +54,11 @@ def _rate(value: object) -> float:
 
 
 def add_observations(path: Path, new: Iterable[Observation]) -> str | None:
-    """Merge what a run saw into the file, written beside and renamed; a warning where that fails."""
+    """Merge what a run saw into the file, written beside and renamed; a warning where that fails.
+
+    Jobs of few operations are left out: what they took would mislead the estimate of a larger model.
+    """
+    new = [item for item in new if item.work >= LEAST_KEPT_WORK]
     scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -66,8 +66,8 @@ def test_what_events_tell(jobs):
         finished(jobs[4], 100.0),
     ]
     assert observe(events, jobs, SimpleNamespace(), threads=2) == [
-        Observation(device="card, 2 threads", kind="perplexity", job_id=jobs[0].id, rate=0.5),
-        Observation(device="card, 2 threads", kind="task arc_easy", job_id=jobs[4].id, rate=2.0),
+        Observation(device="card, 2 threads", kind="perplexity", job_id=jobs[0].id, rate=0.5, work=10.0),
+        Observation(device="card, 2 threads", kind="task arc_easy", job_id=jobs[4].id, rate=2.0, work=50.0),
     ]
 
 

@@ -34,6 +34,14 @@ def test_merged_by_device_and_kind(file):
     assert not list(file.parent.glob("*.tmp"))
 
 
+def test_jobs_of_few_operations_are_not_kept(file):
+    """They tell of starts: a tiny model's rates once made days of a larger model's hours."""
+    tiny = Observation(device="card", kind="perplexity", job_id="tiny", rate=1e-7, work=1e9)
+    large = Observation(device="card", kind="perplexity", job_id="large", rate=1e-11, work=1e12)
+    assert add_observations(file, [tiny, large]) is None
+    assert read_observations(file)[0].seen == {"card": {"perplexity": {"large": 1e-11}}}
+
+
 def test_the_latest_jobs_stay(file):
     add_observations(file, [one(1.0, job=f"old {i}") for i in range(60)])
     add_observations(file, [one(2.0, job=f"new {i}") for i in range(10)])
