@@ -10,7 +10,7 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # Ray's workers are nice (15) otherwise, and would wait for the other process of tests.
-os.environ["RAY_worker_niceness"] = "0"
+os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  # Ray spells it so
 # pytest puts tests/ on the path, where `orchestrator`, `cluster` and the rest are folders of tests: the real ones win.
 ROOT = Path(__file__).parent.parent
 if str(ROOT) not in sys.path:
