@@ -1,21 +1,35 @@
-"""Which job next, on which worker. Pure state: no Ray, no clock, no files."""
+"""Which job next, on which worker. Pure state: no Ray, no clock, no files.
+
+Ready jobs wait in one heap per cell, cells in one heap per model; what becomes out of date in a model's heap is dropped
+when it comes up. Handing out a job takes a logarithm of the number of jobs, and a step per cell that a worker holds.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from heapq import heappop, heappush
+from itertools import count
 
 from orchestrator.plan import Job
+
+# What starts first: a job that failed and is tried again, what every comparison needs, everything else.
+_RETRIED, _UNQUANTIZED, _OTHER = range(3)
+# Of ready jobs the least is the best: class, the longest chain that hangs on it (negative), order, job id.
+_Rank = tuple[int, float, int, str]
 
 
 class Schedule:
     """Jobs that are waiting, running, finished and failed."""
 
-    def __init__(self, jobs: Iterable[Job], finished: Iterable[str] = ()) -> None:
+    def __init__(
+        self, jobs: Iterable[Job], finished: Iterable[str] = (), seconds: Mapping[str, float] | None = None
+    ) -> None:
         """Plan the jobs that are not finished yet.
 
         Args:
-            jobs: in the order in which they should start.
+            jobs: in the order in which they should start, where `seconds` does not say otherwise.
             finished: ids of jobs whose rows are already in the store.
+            seconds: job id -> estimated seconds; long jobs start first, with what needs them counted. None: all alike.
         """
         self.finished = set(finished)
         self.failed: set[str] = set()
@@ -23,7 +37,32 @@ class Schedule:
         self.attempts: dict[str, int] = {}
         self.running: dict[str, Job] = {}
         self._waiting = {job.id: job for job in jobs if job.id not in self.finished}
-        self._cell_of: dict[str, str] = {}
+        self._cell_of: dict[str, str] = {}  # worker -> key of the cell that it holds
+        self._holders: dict[str, int] = {}  # key of a cell -> how many workers hold it
+        self._model_of: dict[str, str] = {}  # worker -> the model that it holds
+        self._dependents: dict[str, list[Job]] = {}
+        for job in self._waiting.values():
+            if job.needs is not None:
+                self._dependents.setdefault(job.needs, []).append(job)
+        self._ready: dict[str, list[_Rank]] = {}  # key of a cell -> heap
+        self._cells: dict[str, list[tuple[_Rank, str]]] = {}  # model -> heap of its cells' best
+        self._models: dict[str, str] = {}  # key of a cell -> its model
+        self._retried = count(-len(self._waiting) - 1, -1)  # before every other; the latest first
+        chains = {} if seconds is None else self._chains(seconds)
+        self._ranks: dict[str, _Rank] = {}
+        for order, job in enumerate(self._waiting.values()):
+            kind = _UNQUANTIZED if job.kind == "evaluate" and job.cell.scheme is None else _OTHER
+            self._ranks[job.id] = (kind, -chains.get(job.id, 0.0), order, job.id)
+            self._models[job.cell.key] = job.cell.model
+            if job.needs is None or job.needs in self.finished:
+                self._add(job)
+
+    def _chains(self, seconds: Mapping[str, float]) -> dict[str, float]:
+        """Job id -> seconds of it and of the longest job that needs it."""
+        return {
+            name: seconds[name] + max((seconds[other.id] for other in self._dependents.get(name, ())), default=0.0)
+            for name in self._waiting
+        }
 
     @property
     def unfinished(self) -> int:
@@ -38,45 +77,109 @@ class Schedule:
     def next_for(self, worker: str) -> Job | None:
         """Start the best job for an idle worker; None if none is ready.
 
-        In order of preference: an evaluation of the cell whose weights the worker holds, a job of a cell that no
-        other worker holds, any ready job.
+        In order of preference: an evaluation of the cell whose weights the worker holds; a job of a cell that no
+        other worker holds, of the worker's own model before another; any ready job.
         """
-        ready = [job for job in self._waiting.values() if job.needs is None or job.needs in self.finished]
-        if not ready:
-            return None
         own = self._cell_of.get(worker)
-        others = {cell for name, cell in self._cell_of.items() if name != worker}
-
-        def preference(job: Job) -> int:
-            if job.kind == "evaluate" and job.cell.key == own:
-                return 0
-            return 1 if job.cell.key not in others else 2
-
-        job = min(ready, key=preference)  # min keeps the plan's order among equals
-        del self._waiting[job.id]
+        rank = self._own_evaluation(own) or self._unheld(worker) or self._held()
+        if rank is None:
+            return None
+        job = self._waiting.pop(rank[3])
+        self._take(job)
         self.running[worker] = job
         self.attempts[job.id] = self.attempts.get(job.id, 0) + 1
-        self._cell_of[worker] = job.cell.key
+        self._hold(worker, job)
         return job
+
+    def _own_evaluation(self, cell: str | None) -> _Rank | None:
+        best = self._best(cell) if cell is not None else None
+        return best if best is not None and self._waiting[best[3]].kind == "evaluate" else None
+
+    def _unheld(self, worker: str) -> _Rank | None:
+        """The best job of a cell that no other worker holds: of the worker's model, else of any."""
+        own_model = self._model_of.get(worker)
+        own = self._best_unheld(own_model, worker) if own_model is not None else None
+        others = (self._best_unheld(model, worker) for model in self._cells if model != own_model)
+        return own or min((rank for rank in others if rank is not None), default=None)
+
+    def _best_unheld(self, model: str, worker: str) -> _Rank | None:
+        heap, aside, found = self._cells.get(model, []), [], None
+        while heap and found is None:
+            rank, cell = heap[0]
+            if rank != self._best(cell):
+                heappop(heap)  # out of date: the cell's best of now has an entry of its own
+            elif self._is_others(cell, worker):
+                aside.append(heappop(heap))
+            else:
+                found = rank
+        for entry in aside:
+            heappush(heap, entry)
+        return found
+
+    def _held(self) -> _Rank | None:
+        bests = (self._best(cell) for cell in self._holders)
+        return min((rank for rank in bests if rank is not None), default=None)
+
+    def _is_others(self, cell: str, worker: str) -> bool:
+        return self._holders.get(cell, 0) > (self._cell_of.get(worker) == cell)
+
+    def _best(self, cell: str) -> _Rank | None:
+        heap = self._ready.get(cell)
+        return heap[0] if heap else None
+
+    def _add(self, job: Job) -> None:
+        """A waiting job becomes ready."""
+        heap = self._ready.setdefault(job.cell.key, [])
+        heappush(heap, self._ranks[job.id])
+        self._offer(job.cell.key)
+
+    def _take(self, job: Job) -> None:
+        """A ready job, the best of its cell, is ready no longer."""
+        heappop(self._ready[job.cell.key])
+        self._offer(job.cell.key)
+
+    def _offer(self, cell: str) -> None:
+        best = self._best(cell)
+        if best is None:
+            self._ready.pop(cell, None)
+        else:
+            heappush(self._cells.setdefault(self._models[cell], []), (best, cell))
+
+    def _hold(self, worker: str, job: Job) -> None:
+        self.forget_worker(worker)
+        self._cell_of[worker], self._model_of[worker] = job.cell.key, job.cell.model
+        self._holders[job.cell.key] = self._holders.get(job.cell.key, 0) + 1
 
     def finish(self, worker: str) -> Job:
         """The worker's job is finished."""
         job = self.running.pop(worker)
         self.finished.add(job.id)
+        for dependent in self._waiting_dependents(job):
+            self._add(dependent)
         return job
 
     def fail(self, worker: str, *, retry: bool) -> Job:
         """The worker's job failed; without `retry` it is given up, and so is what needs it."""
         job = self.running.pop(worker)
         if retry:
-            self._waiting = {job.id: job, **self._waiting}
+            self._waiting[job.id] = job
+            self._ranks[job.id] = (_RETRIED, 0.0, next(self._retried), job.id)
+            self._add(job)
             return job
         self.failed.add(job.id)
-        for dependent in [other for other in self._waiting.values() if other.needs == job.id]:
+        for dependent in self._waiting_dependents(job):
             del self._waiting[dependent.id]
             self.skipped.add(dependent.id)
         return job
 
+    def _waiting_dependents(self, job: Job) -> Iterator[Job]:
+        return (other for other in self._dependents.get(job.id, ()) if other.id in self._waiting)
+
     def forget_worker(self, worker: str) -> None:
         """The worker lost what it held in memory."""
-        self._cell_of.pop(worker, None)
+        cell = self._cell_of.pop(worker, None)
+        self._model_of.pop(worker, None)
+        if cell is not None:
+            self._holders[cell] -= 1
+            if not self._holders[cell]:
+                del self._holders[cell]

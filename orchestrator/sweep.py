@@ -136,7 +136,7 @@ class Driver:
         self._store.forget(name for job in self._plan.jobs if job.id not in done for name in (job.id, job.whole.id))
         self._forget_merged_slices()
         estimates = self._estimates()
-        schedule = Schedule(self._plan.jobs, done)
+        schedule = Schedule(self._plan.jobs, done, estimates)
         self._remaining = Remaining(self._plan.jobs, estimates)
         estimated = self._time_left(schedule)
         self._store.commit({"events": [self._event("session_started", seconds=estimated)]})

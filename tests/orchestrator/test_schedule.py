@@ -1,23 +1,30 @@
 """Which job next: dependencies, affinity, retries, and that no job is lost or run twice."""
 
+import heapq
+import random
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.plan import Cell, Job
 from orchestrator.schedule import Schedule
+from orchestrator.scheme import Scheme
+
+RTN = Scheme(method="rtn", weight_bits=4)
 
 
-def cell(key):
-    return Cell(id=f"m.{key}", model="m", scheme=None, calibration=None, key=key)
+def cell(key, model="m", scheme=RTN):
+    return Cell(id=f"{model}.{key}", model=model, scheme=scheme, calibration=None, key=key)
 
 
-def quantize(key):
-    return Job(id=f"q{key}", kind="quantize", cell=cell(key))
+def quantize(key, model="m"):
+    return Job(id=f"q{key}", kind="quantize", cell=cell(key, model))
 
 
-def evaluate(key, number=0, *, free=False):
-    return Job(id=f"e{key}{number}", kind="evaluate", cell=cell(key), needs=None if free else f"q{key}")
+def evaluate(key, number=0, *, free=False, model="m"):
+    held = cell(key, model, None if free else RTN)
+    return Job(id=f"e{key}{number}", kind="evaluate", cell=held, needs=None if free else f"q{key}")
 
 
 def test_an_evaluation_waits_for_its_artifact():
@@ -80,6 +87,80 @@ def test_a_retried_job_comes_before_the_others():
     assert not schedule.failed
 
 
+def test_the_latest_retried_job_comes_first():
+    schedule = Schedule([quantize(key) for key in "abcd"], seconds={f"q{key}": 1.0 for key in "abcd"})
+    for worker in ("w0", "w1"):
+        schedule.next_for(worker)
+    for worker in ("w0", "w1"):
+        schedule.fail(worker, retry=True)
+        schedule.forget_worker(worker)
+    assert [schedule.next_for(f"w{n}").id for n in range(4)] == ["qb", "qa", "qc", "qd"]
+
+
+def test_the_longest_chain_starts_first():
+    jobs = [
+        quantize("a"),
+        quantize("b"),
+        quantize("c"),
+        evaluate("a"),
+        evaluate("b", 0),
+        evaluate("b", 1),
+        evaluate("c"),
+    ]
+    seconds = {"qa": 5, "qb": 1, "qc": 6, "ea0": 1, "eb0": 2, "eb1": 9, "ec0": 1}
+    schedule = Schedule(jobs, seconds=seconds)
+    assert [schedule.next_for(f"w{n}").id for n in range(3)] == ["qb", "qc", "qa"]  # 1 + 9, 6 + 1, 5 + 1
+    schedule.finish("w0")
+    assert schedule.next_for("w0").id == "eb1"
+
+
+def test_the_unquantized_model_comes_first_however_short_it_is():
+    schedule = Schedule([evaluate("f", free=True), quantize("a")], seconds={"ef0": 1, "qa": 100})
+    assert schedule.next_for("w0").id == "ef0"
+
+
+def test_a_worker_stays_with_its_model_while_there_is_something_unheld():
+    jobs = [quantize("a", "m1"), quantize("b", "m2"), quantize("c", "m1"), quantize("d", "m1")]
+    schedule = Schedule(jobs, seconds={"qa": 9, "qb": 8, "qc": 1, "qd": 7})
+    assert [schedule.next_for(w).id for w in ("w0", "w1")] == ["qa", "qb"]
+    schedule.finish("w0")
+    schedule.finish("w1")
+    assert schedule.next_for("w1").id == "qd"  # nothing of m2 is left
+    assert schedule.next_for("w0").id == "qc"
+
+
+def simulated_makespan(jobs, seconds, workers):
+    """Seconds until all is done where nothing takes longer than estimated."""
+    schedule, now, ends = Schedule(jobs, seconds=seconds), 0.0, []
+    idle = [f"w{n:02}" for n in range(workers)]
+    while not schedule.done:
+        for worker in list(idle):
+            job = schedule.next_for(worker)
+            if job is not None:
+                idle.remove(worker)
+                heapq.heappush(ends, (now + seconds[job.id], worker))
+        now, worker = heapq.heappop(ends)
+        schedule.finish(worker)
+        idle.append(worker)
+    return now
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_heavy_tailed_jobs_end_close_to_the_lower_bound(seed):
+    """Of two models, on 32 workers: within 5% of an even share, or of the longest chain."""
+    draw = random.Random(seed)
+    jobs, seconds = [], {}
+    for number in range(200):
+        model = draw.choice(["m1", "m2"])
+        of_cell = [quantize(f"{number}", model), *(evaluate(f"{number}", n, model=model) for n in range(4))]
+        jobs += of_cell
+        seconds |= {job.id: draw.paretovariate(1.5) for job in of_cell}
+    chains = [seconds[job.id] + (seconds[job.needs] if job.needs else 0) for job in jobs]
+    bound = max(sum(seconds.values()) / 32, *chains)
+    assert simulated_makespan(jobs, seconds, 32) <= 1.05 * bound
+    assert simulated_makespan(jobs, dict.fromkeys(seconds, 1.0), 32) <= 1.05 * len(jobs) / 32 + 1
+
+
 def test_what_needs_a_failed_job_is_skipped_and_the_rest_goes_on():
     schedule = Schedule([quantize("a"), quantize("b"), evaluate("a", 0), evaluate("a", 1), evaluate("b")])
     schedule.next_for("w0")
@@ -119,12 +200,13 @@ def test_every_job_ends_exactly_once(data, evaluations, workers):
     jobs = []
     for index, count in enumerate(evaluations):  # negative: an unquantized cell
         if count >= 0:
-            jobs.append(quantize(str(index)))
-        jobs += [evaluate(str(index), number, free=count < 0) for number in range(abs(count))]
+            jobs.append(quantize(str(index), f"m{index % 2}"))
+        jobs += [evaluate(str(index), number, free=count < 0, model=f"m{index % 2}") for number in range(abs(count))]
     jobs = data.draw(st.permutations(jobs))
     before = set(data.draw(st.lists(st.sampled_from([job.id for job in jobs]), unique=True))) if jobs else set()
     needs = {job.id: job.needs for job in jobs}
-    schedule = Schedule(jobs, before)
+    seconds = data.draw(st.none() | st.fixed_dictionaries({job.id: st.floats(0, 1e6) for job in jobs}))
+    schedule = Schedule(jobs, before, seconds)
     starts: dict[str, int] = {}
     retries: dict[str, int] = {}
     while not schedule.done:
