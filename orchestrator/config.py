@@ -6,6 +6,7 @@ import difflib
 import itertools
 import json
 from collections.abc import Hashable, Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -73,7 +74,7 @@ class _Strict(BaseModel):
             return {key: tuple(item) if isinstance(item, list) else item for key, item in value.items()}
         return value
 
-    @property
+    @cached_property
     def key(self) -> str:
         """Canonical JSON: equal sections have equal keys."""
         return json.dumps(self.model_dump(mode="json"), sort_keys=True)

@@ -117,9 +117,12 @@ def task_name(evaluation: Evaluation) -> str:
     return Corpus.parse(evaluation.corpus).label
 
 
+_CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"))  # made once: a plan hashes hundreds of thousands
+
+
 def content_hash(value: Any) -> str:
     """sha256 of a JSON value with sorted keys, as hex."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    return hashlib.sha256(_CANONICAL.encode(value).encode()).hexdigest()
 
 
 def make_plan(sweep: Sweep, identities: Identities) -> Plan:
@@ -129,15 +132,17 @@ def make_plan(sweep: Sweep, identities: Identities) -> Plan:
     need calibration before the quick ones, then evaluations cell by cell.
     """
     cells: dict[str, Cell] = {}
+    points = [_Point(scheme) for scheme in sweep.grid]
     for model in sweep.models:
         weights = identities.models[model.name]
         key = content_hash(["fp", weights, model.dtype])
         fp = Cell(id=f"{model.name}.{FP}", model=model.name, scheme=None, calibration=None, key=key)
         cells.setdefault(key, fp)
-        for scheme in sweep.grid:
-            calibrations = sweep.calibration if scheme.needs_calibration else (None,)
+        for point in points:
+            calibrations = sweep.calibration if point.scheme.needs_calibration else (None,)
             for calibration in calibrations:
-                cell = _cell(model.name, weights, model.dtype, scheme, calibration, identities)
+                tokens = identities.calibrations[model.name, calibration.key] if calibration else None
+                cell = point.cell(model.name, weights, model.dtype, calibration, tokens)
                 cells.setdefault(cell.key, cell)
 
     quantize = {
@@ -179,10 +184,22 @@ def _cut(whole: Job, units: Mapping[str, int]) -> Iterator[Job]:
         yield replace(whole, id=job_id, slice=Slice(index, count), whole_id=whole.id)
 
 
-def _cell(
-    model: str, weights: str, dtype: str, scheme: Scheme, calibration: CalibrationConfig | None, identities: Identities
-) -> Cell:
-    tokens = identities.calibrations[model, calibration.key] if calibration else None
-    method = scheme.build()
-    key = content_hash([weights, dtype, scheme.as_entry(), method.code_version, tokens])
-    return Cell(id=f"{model}.{scheme.label}.{key[:8]}", model=model, scheme=scheme, calibration=calibration, key=key)
+class _Point:
+    """A scheme of the grid, with what all of its cells share."""
+
+    def __init__(self, scheme: Scheme) -> None:
+        self.scheme = scheme
+        self._label, self._entry, self._code_version = scheme.label, scheme.as_entry(), scheme.build().code_version
+
+    def cell(
+        self, model: str, weights: str, dtype: str, calibration: CalibrationConfig | None, tokens: str | None
+    ) -> Cell:
+        """Its cell of one model and one calibration.
+
+        Args:
+            weights: the model's identity.
+            tokens: the calibration's identity.
+        """
+        key = content_hash([weights, dtype, self._entry, self._code_version, tokens])
+        name = f"{model}.{self._label}.{key[:8]}"
+        return Cell(id=name, model=model, scheme=self.scheme, calibration=calibration, key=key)
