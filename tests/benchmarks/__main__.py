@@ -17,6 +17,7 @@ EVALUATION = {
 }
 # Not run unless named: they are checks or measure no peer, and memory writes 16 GB.
 OTHERS = {
+    "schedule": "planning 100,000 cells and handing out their jobs to 32 workers: seconds, and the makespan",
     "agreement": "log-likelihoods and metrics item by item against lm-eval's HFLM",
     "outliers": "what SmoothQuant and AWQ recover on a copy of the model with activation outliers",
     "profile": "where the time of GPTQ, AWQ and SmoothQuant goes, against the peak of matrix products",
