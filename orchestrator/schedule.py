@@ -32,6 +32,7 @@ class Schedule:
             seconds: job id -> estimated seconds; long jobs start first, with what needs them counted. None: all alike.
         """
         self.finished = set(finished)
+        self.ended = list(self.finished)  # finished, failed and skipped, in the order in which they ended
         self.failed: set[str] = set()
         self.skipped: set[str] = set()
         self.attempts: dict[str, int] = {}
@@ -154,6 +155,7 @@ class Schedule:
         """The worker's job is finished."""
         job = self.running.pop(worker)
         self.finished.add(job.id)
+        self.ended.append(job.id)
         for dependent in self._waiting_dependents(job):
             self._add(dependent)
         return job
@@ -167,9 +169,11 @@ class Schedule:
             self._add(job)
             return job
         self.failed.add(job.id)
+        self.ended.append(job.id)
         for dependent in self._waiting_dependents(job):
             del self._waiting[dependent.id]
             self.skipped.add(dependent.id)
+            self.ended.append(dependent.id)
         return job
 
     def _waiting_dependents(self, job: Job) -> Iterator[Job]:

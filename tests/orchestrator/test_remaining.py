@@ -1,7 +1,11 @@
 """The time that is left, by estimates and by what a session took."""
 
+import random
+
 import pytest
 
+from orchestrator.cost import makespan
+from orchestrator.plan import Cell, Job
 from orchestrator.remaining import Remaining
 from orchestrator.schedule import Schedule
 
@@ -51,3 +55,36 @@ def test_a_job_that_is_tried_again_begins_anew(jobs, seconds):
     assert left.seconds(schedule, workers=1, now=9) == 10
     left.start(schedule.next_for("w"), 9.0)
     assert left.seconds(schedule, workers=1, now=10) == 9
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_at_every_moment_it_is_the_makespan_of_all_that_is_left(seed):
+    """Against the plain computation over all jobs, while jobs end, fail and are tried again."""
+    draw = random.Random(seed)
+    jobs, seconds = [], {}
+    for number in range(12):
+        cell = Cell(id=str(number), model="m", scheme=None, calibration=None, key=str(number))
+        quantize = Job(id=f"q{number}", kind="quantize", cell=cell)
+        jobs += [quantize, *(Job(id=f"e{number}{n}", kind="evaluate", cell=cell, needs=quantize.id) for n in range(3))]
+    seconds = {job.id: draw.uniform(1, 9) for job in jobs}
+    schedule, left = Schedule(jobs, {"q0", "e00", "q1"}, seconds), Remaining(jobs, seconds)
+    since, now = {}, 0.0
+    while not schedule.done:
+        for worker in ("a", "b", "c", "d"):
+            if worker not in schedule.running and (job := schedule.next_for(worker)):
+                left.start(job, now)
+                since[job.id] = now
+        now += draw.uniform(0, 5)
+        running = {job.id for job in schedule.running.values()}
+        waiting = [job for job in jobs if job.id not in schedule.finished | schedule.failed | schedule.skipped]
+        expected = {
+            job.id: max(seconds[job.id] * left.scale - (now - since[job.id] if job.id in running else 0.0), 0.0)
+            for job in waiting
+        }
+        assert left.seconds(schedule, workers=4, now=now) == pytest.approx(makespan(waiting, expected, 4))
+        worker = draw.choice(sorted(schedule.running))
+        if draw.random() < 0.7:
+            left.finish(schedule.finish(worker), draw.uniform(1, 9))
+        else:
+            schedule.fail(worker, retry=draw.random() < 0.5)
+    assert left.seconds(schedule, workers=4, now=now) == 0.0
