@@ -97,14 +97,15 @@ def run(sweep_file: Path, out: Path | None, address: str | None, workers: int | 
 
 @bitatlas.command()
 @_DIRECTORY
-def status(directory: Path) -> int:
+@click.option("--watch", is_flag=True, help="Show it in place, anew every two seconds, until the sweep ends or Ctrl-C.")
+def status(directory: Path, watch: bool) -> int:
     """Show progress and failures of a running or finished sweep, from its files alone.
 
-    Works on any machine that sees the output directory; it talks to no cluster.
+    Works on any machine that sees the output directory; it talks to no cluster, and Ctrl-C ends the watching alone.
     """
     from orchestrator.commands import status_command
 
-    return status_command(directory)
+    return status_command(directory, watch=watch)
 
 
 @bitatlas.command()

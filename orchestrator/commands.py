@@ -193,11 +193,11 @@ def plan_command(file: Path, *, out: Path | None) -> int:
     return OK
 
 
-def status_command(directory: Path) -> int:
-    """Print progress and failures of a sweep from its files."""
-    from orchestrator.status import print_status
+def status_command(directory: Path, *, watch: bool = False) -> int:
+    """Print progress and failures of a sweep from its files, once or until it ends."""
+    from orchestrator.status import print_status, watch_status
 
-    return print_status(directory, Console())
+    return (watch_status if watch else print_status)(directory, Console())
 
 
 def report_command(directory: Path, console: Console | None = None) -> int:

@@ -153,6 +153,7 @@ EVENTS = Table(
         "error_kind": "string",
         "error": "string",
         "seconds": "float64",  # that a job took; of session_started, that all is estimated to take
+        "jobs": "int64",  # of session_started: how many the plan has
         "at": _TIMESTAMP,
     },
 )

@@ -139,7 +139,8 @@ class Driver:
         schedule = Schedule(self._plan.jobs, done, estimates)
         self._remaining = Remaining(self._plan.jobs, estimates)
         estimated = self._time_left(schedule)
-        self._store.commit({"events": [self._event("session_started", seconds=estimated)]})
+        begun = self._event("session_started", seconds=estimated, jobs=len(self._plan.jobs))
+        self._store.commit({"events": [begun]})
         view.begin(self._plan, schedule, self._pool.workers, lambda: self._time_left(schedule))
         interrupted = False
         try:

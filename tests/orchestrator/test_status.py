@@ -2,16 +2,19 @@
 
 import io
 import re
+import threading
 from datetime import UTC, datetime, timedelta
 
 import pytest
 from rich.console import Console
 
+from orchestrator import status
 from orchestrator.config import resolved
 from orchestrator.errors import BitatlasError
 from orchestrator.layout import Layout
-from orchestrator.status import print_status
-from orchestrator.store import Store
+from orchestrator.schema import EVENTS
+from orchestrator.status import print_status, watch_status
+from orchestrator.store import Store, read_table
 
 
 @pytest.fixture
@@ -165,3 +168,73 @@ def test_warnings_of_the_baseline_are_told_and_no_job_ends_by_them(sweep_directo
     assert code == 0
     assert "0 jobs done, 1 running" in text
     assert text.count("warning: tiny fp: piqa: right on 5 of 10, [sic]") == 1
+
+
+def test_of_how_many(sweep_directory):
+    commit(sweep_directory, {"event": "session_started", "jobs": 7}, job("finished", "a"))
+    assert told(sweep_directory)[1].startswith("study: 1 of 7 jobs done, 0 running, 0 failed; a driver started ")
+
+
+def watched(layout, monkeypatch):
+    """A watch in a thread: its result, and what it has written so far."""
+    monkeypatch.setattr(status, "_REFRESH_SECONDS", 0.02)
+    stream, codes = io.StringIO(), []
+    console = Console(file=stream, width=120, force_terminal=True)
+    thread = threading.Thread(target=lambda: codes.append(watch_status(layout.root, console)), daemon=True)
+    thread.start()
+    return thread, stream, codes
+
+
+def wait_for(text, stream):
+    for _ in range(500):
+        if text in stream.getvalue():
+            return
+        threading.Event().wait(0.02)
+    raise AssertionError(f"{text!r} was not shown")
+
+
+def test_watched_from_before_it_starts_to_its_end(sweep_directory, monkeypatch):
+    thread, stream, codes = watched(sweep_directory, monkeypatch)
+    wait_for("not started", stream)
+    commit(sweep_directory, {"event": "session_started", "jobs": 3}, job("started", "a"))
+    wait_for("0 of 3 jobs done, 1 running", stream)
+    commit_more(sweep_directory, job("finished", "a", seconds=65.0), job("failed", "b", error="[no] markup"))
+    wait_for("1 of 3 jobs done, 0 running, 1 failed", stream)
+    wait_for("1:05", stream)
+    wait_for("failed: tiny b: [no] markup", stream)
+    assert thread.is_alive()
+    commit_more(sweep_directory, {"event": "session_ended", "status": "ended"})
+    thread.join(10)
+    assert codes == [1]
+    assert "; ended 20" in stream.getvalue()
+
+
+def commit_more(layout, *events):
+    """Of the session that is under way."""
+    (session,) = {event["session"] for event in read_table(layout.root, EVENTS).to_pylist()}
+    with Store(layout) as store:
+        now = datetime.now(UTC)
+        store.commit({"events": [{"at": now, "session": session} | event for event in events]})
+
+
+def test_a_watched_screen_stays_short(sweep_directory, monkeypatch):
+    failures = [job("failed", f"a{number}", error="lost") for number in range(30)]
+    commit(sweep_directory, {"event": "session_started"}, *failures, {"event": "session_ended", "status": "ended"})
+    thread, stream, codes = watched(sweep_directory, monkeypatch)
+    thread.join(10)
+    assert codes == [1]
+    assert "22 more before these: `bitatlas status` shows all" in stream.getvalue()
+    assert "failed: tiny a29" in stream.getvalue()
+    assert "failed: tiny a21:" not in stream.getvalue()
+
+
+def test_ctrl_c_ends_the_watching_alone(sweep_directory, monkeypatch):
+    commit(sweep_directory, {"event": "session_started"}, job("started", "a"))
+
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(status.time, "sleep", interrupt)
+    stream = io.StringIO()
+    assert watch_status(sweep_directory.root, Console(file=stream, width=120)) == 0
+    assert "tiny a" in stream.getvalue()
