@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -33,6 +34,11 @@ from orchestrator.view import View
 from orchestrator.worker import payload_of
 
 _POLL_SECONDS = 0.25
+# Rows are committed together where jobs are short: at the latest when they are so old, so many, or so much work that a
+# driver killed before the commit would lose more than it saved.
+_COMMIT_SECONDS = 1.0
+_COMMIT_ROWS = 5000
+_COMMIT_WORK_SECONDS = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +127,7 @@ class Driver:
             if job.slice is not None:
                 self._slices.setdefault(job.whole.id, []).append(job)
         self._failed: set[str] = set()  # wholes that have their failed row
+        self._new_batch()
         self.stop = threading.Event()
 
     def run(self, view: View) -> Summary:
@@ -150,10 +157,17 @@ class Driver:
                     break
                 self._hand_out(schedule)
                 self._collect(schedule)
+                if self._is_due():
+                    self._commit()
                 view.update(schedule, self._pool.activity())
                 while self._warnings:
                     view.warn(self._warnings.pop(0))
+            self._commit()
             self._keep_observations(view)
+        except BaseException:
+            with suppress(BitatlasError):  # what is wrong is told already
+                self._commit()
+            raise
         finally:
             view.end(schedule)
         left = schedule.unfinished
@@ -207,8 +221,29 @@ class Driver:
         kept = read_table(self._layout.root, SLICES, ["job_id", "whole_id"]).to_pylist()
         self._store.forget((row["job_id"] for row in kept if states.get(row["whole_id"]) == "finished"), [SLICES])
 
+    def _new_batch(self) -> None:
+        """What is not committed yet: rows, tasks put together among them, how old it is and how much work."""
+        self._rows: dict[str, list[dict[str, Any]]] = {name: [] for name in TABLES}
+        self._merged: list[str] = []
+        self._rows_since = time.monotonic()
+        self._rows_work = 0.0
+
+    def _is_due(self) -> bool:
+        return (
+            time.monotonic() - self._rows_since >= _COMMIT_SECONDS
+            or self._rows_work >= _COMMIT_WORK_SECONDS
+            or sum(map(len, self._rows.values())) >= _COMMIT_ROWS
+        )
+
+    def _commit(self) -> None:
+        rows, merged = self._rows, self._merged
+        self._new_batch()  # first: what fails halfway is not committed twice
+        if rows["events"]:
+            self._store.commit(rows)
+        if merged:
+            self._store.forget((job.id for whole in merged for job in self._slices[whole]), [SLICES])
+
     def _hand_out(self, schedule: Schedule) -> None:
-        events = []
         for worker in sorted(set(self._pool.workers) - set(schedule.running)):
             job = schedule.next_for(worker)
             if job is None:
@@ -216,31 +251,23 @@ class Driver:
             self._started[job.id] = datetime.now(UTC)
             self._remaining.start(job, time.monotonic())
             self._pool.submit(worker, payload_of(job, self._inputs, self._layout))
-            events.append(self._job_event("started", job, worker, schedule.attempts[job.id]))
-        if events:
-            self._store.commit({"events": events})
+            self._rows["events"].append(self._job_event("started", job, worker, schedule.attempts[job.id]))
 
     def _collect(self, schedule: Schedule) -> None:
-        completions = self._pool.wait(_POLL_SECONDS)
-        if not completions:
-            return
-        rows: dict[str, list[dict[str, Any]]] = {name: [] for name in TABLES}
         stopping: Failure | None = None
-        for completion in completions:
+        rows = self._rows
+        for completion in self._pool.wait(_POLL_SECONDS):
+            self._rows_work += completion.seconds
             if completion.failure is None:
                 self._finish(schedule, completion, rows)
             else:
                 self._fail(schedule, completion, completion.failure, rows)
                 stopping = completion.failure if completion.failure.stops_sweep else stopping
-        merged = [
-            whole
-            for whole in dict.fromkeys(row["whole_id"] for row in rows["slices"])
-            if self._merge(whole, schedule, rows)
-        ]
-        self._store.commit(rows)
-        if merged:
-            self._store.forget((job.id for whole in merged for job in self._slices[whole]), [SLICES])
+        for whole in dict.fromkeys(row["whole_id"] for row in rows["slices"]):
+            if self._merge(whole, schedule, rows):
+                self._merged.append(whole)
         if stopping:
+            self._commit()
             raise BitatlasError(
                 f"a worker could not write to {self._layout.root} ({stopping.message}); what is done is kept and "
                 "readable: mend the disk and run the same command again"

@@ -208,7 +208,7 @@ def test_data_that_is_no_bundle(invoke, write_sweep, tmp_path):
 
 
 def test_an_error_of_our_own_keeps_its_traceback(invoke, monkeypatch):
-    def broken(_):
+    def broken(*_, **__):
         raise ZeroDivisionError("ours")
 
     monkeypatch.setattr("orchestrator.commands.status_command", broken)
@@ -218,7 +218,7 @@ def test_an_error_of_our_own_keeps_its_traceback(invoke, monkeypatch):
 
 
 def test_an_interrupt_is_status_130(invoke, monkeypatch):
-    def interrupted(_):
+    def interrupted(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("orchestrator.commands.status_command", interrupted)

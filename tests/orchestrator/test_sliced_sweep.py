@@ -8,6 +8,7 @@ import yaml
 
 from cluster.pool import InlinePool
 from evaluators import slices
+from orchestrator import sweep
 from orchestrator.commands import plan_command
 from orchestrator.inputs import prepare
 from orchestrator.layout import Layout
@@ -62,8 +63,9 @@ class ShortLivedPool(InlinePool):
 
 
 @pytest.fixture(autouse=True)
-def small_units(monkeypatch):
+def small_units_committed_one_by_one(monkeypatch):
     monkeypatch.setattr(slices, "UNIT_DOCUMENTS", 2)
+    monkeypatch.setattr(sweep, "_COMMIT_SECONDS", 0.0)
     FAILING.clear()
 
 

@@ -1,4 +1,4 @@
-"""The driver's estimates: told to the view, corrected as jobs end, kept for the next sweep. Jobs here are made up."""
+"""The driver on made-up jobs: its estimates, told, corrected and kept; and when rows are committed."""
 
 import json
 
@@ -7,6 +7,7 @@ import pytest
 
 from cluster.pool import Completion, WorkerInfo
 from orchestrator import cost_store
+from orchestrator import sweep as sweep_module
 from orchestrator.cost_store import read_observations
 from orchestrator.inputs import Inputs
 from orchestrator.layout import Layout
@@ -33,6 +34,9 @@ OUTCOME = {
 class MadeUpPool:
     """Two workers whose jobs take 2 seconds, by their own account; quantizing finds its artifact there already."""
 
+    seconds = 2.0
+    dies_after = None  # completions
+
     def __init__(self):
         names = ("cuda-0@a", "cuda-1@a")
         self.workers = {name: WorkerInfo(name=name, device="card", process_id=0) for name in names}
@@ -42,8 +46,12 @@ class MadeUpPool:
         self._running[worker] = OUTCOME | {"reused": payload["kind"] == "quantize"}
 
     def wait(self, _):
+        if self.dies_after is not None:
+            self.dies_after -= 1
+            if self.dies_after < 0:
+                raise RuntimeError("the pool broke")
         done, self._running = self._running, {}
-        return [Completion(worker=worker, result=result, seconds=2.0) for worker, result in done.items()]
+        return [Completion(worker=worker, result=result, seconds=self.seconds) for worker, result in done.items()]
 
     def activity(self):
         return {}
@@ -114,3 +122,36 @@ def test_damage_is_told_and_mended(run, tmp_path):
 def test_nothing_is_kept_where_no_place_is_named(run, tmp_path):
     run("out", None)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def parts(layout):
+    return len(list(layout.table(EVENTS.name).glob("*.parquet")))
+
+
+def events(layout, kind):
+    return [row["job"] for row in read_table(layout.root, EVENTS).to_pylist() if row["event"] == kind]
+
+
+def test_short_jobs_are_committed_together(run, monkeypatch):
+    monkeypatch.setattr(sweep_module, "_COMMIT_SECONDS", 60.0)
+    monkeypatch.setattr(sweep_module, "_COMMIT_WORK_SECONDS", 1e9)
+    layout, _ = run("together", None)
+    assert parts(layout) == 3  # started, all jobs, ended
+    assert len(events(layout, "finished")) + len(events(layout, "reused")) == 8
+
+
+def test_much_work_is_committed_at_once(run, monkeypatch):
+    monkeypatch.setattr(sweep_module, "_COMMIT_SECONDS", 60.0)
+    monkeypatch.setattr(MadeUpPool, "seconds", 3600.0)
+    layout, _ = run("alone", None)
+    assert parts(layout) - 2 >= 4  # two workers: whenever they came back
+
+
+def test_a_driver_that_breaks_keeps_what_came_back(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep_module, "_COMMIT_SECONDS", 60.0)
+    monkeypatch.setattr(sweep_module, "_COMMIT_WORK_SECONDS", 1e9)
+    monkeypatch.setattr(MadeUpPool, "dies_after", 2)
+    with pytest.raises(RuntimeError, match="the pool broke"):
+        run("broken", None)
+    layout = Layout(tmp_path / "broken")
+    assert len(events(layout, "finished")) + len(events(layout, "reused")) == 4  # of two workers, twice
