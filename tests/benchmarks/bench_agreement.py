@@ -29,7 +29,7 @@ def measure(root):
     torch.set_num_threads(1)
     directory = resolve_model(SOURCE, "benchmark")
     tokenizer = load_tokenizer(directory)
-    console = Console()
+    console = Console(width=120)
     figures = {"float32": {}, "bfloat16": {}}
     model = load_model(directory, "float32")
     for name, source in TASKS.items():

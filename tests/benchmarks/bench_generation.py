@@ -28,7 +28,7 @@ def measure(root):
     torch.set_num_threads(1)
     directory = resolve_model(SOURCE, "benchmark")
     tokenizer = load_tokenizer(directory)
-    console = Console()
+    console = Console(width=120)
     figures = {}
     for dtype in dict.fromkeys(("float32", faster_dtype())):
         model = load_model(directory, dtype)

@@ -62,7 +62,7 @@ def measure(root):
         "milliseconds_per_job": 1000 * handed_out / len(plan.jobs),
         "makespan_over_lower_bound": makespan / max(sum(seconds.values()) / WORKERS, *chains),
     }
-    show(Console(), figures)
+    show(Console(width=120), figures)
     return figures
 
 

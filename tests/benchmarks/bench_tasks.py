@@ -32,7 +32,7 @@ def measure(root):
     torch.set_num_threads(1)
     directory = resolve_model(SOURCE, "benchmark")
     model, tokenizer = load_model(directory, faster_dtype()), load_tokenizer(directory)
-    console = Console()
+    console = Console(width=120)
     figures = {"dtype": str(model.dtype), "peak_gflops": peak(model.dtype), "tasks": {}}
     for name, limit in ZERO_SHOT.items():
         figures["tasks"][name] = compare(console, model, tokenizer, name, (name,), limit, 0)
