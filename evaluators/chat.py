@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal, get_args
@@ -57,7 +58,6 @@ class Convention:
     marks: tuple[str, str] | None = None
 
 
-_NONE = Mode(thinks=False)
 # The first that fits counts.
 CONVENTIONS = (
     Convention(
@@ -87,7 +87,7 @@ CONVENTIONS = (
         modes={"default": Mode(), "slow_think": Mode()},
         marks=("<think>", "</think>"),
     ),
-    Convention(name="without thinking modes", modes={"default": _NONE}),
+    Convention(name="without thinking modes", modes={"default": Mode(thinks=False)}),
 )
 
 
@@ -122,47 +122,69 @@ class Chat:
     """Conversations of one tokenizer in one mode.
 
     Attributes:
-        mode: as it was asked for.
-        convention: the name of the template's family.
-        thinks: whether the model may think before it answers.
         thought: the tokens around a thought; None where models of this family do not think.
-        dropped_system: whether the template refused system messages, so that some were left out.
+        thinking_tokens: for a thought, on top of what a task allows for an answer; 0 where none comes.
     """
 
-    def __init__(self, tokenizer: Any, mode: str) -> None:
+    def __init__(self, tokenizer: Any, mode: str, *, thinking_tokens: int | None = None) -> None:
         """Take a tokenizer with a chat template.
 
         Args:
-            tokenizer: of transformers, or with its `get_chat_template`, `apply_chat_template` and
-                `convert_tokens_to_ids`.
+            tokenizer: of transformers, or with its `get_chat_template`, `apply_chat_template` and `get_vocab`.
             mode: one of `CHAT_MODES`.
+            thinking_tokens: for a thought, where the mode lets the model think; None: `THINKING_TOKENS`.
 
         Raises:
             EvaluationError: no template, a mode that it does not have, or no single tokens around a thought.
         """
-        convention = _convention(tokenizer)
-        if mode not in convention.modes:
+        self._template = _template(tokenizer)
+        self._convention = next(found for found in CONVENTIONS if all(piece in self._template for piece in found.reads))
+        modes = self._convention.modes
+        if mode not in modes:
             raise EvaluationError(
-                f"chat: {mode} is no mode of this model: its chat template is of the kind {convention.name!r}, which "
-                f"knows {', '.join(convention.modes)}: set chat to one of these"
+                f"chat: {mode} is no mode of this model: its chat template is of the kind {self._convention.name!r}, "
+                f"which knows {', '.join(modes)}: set chat to one of these"
             )
-        self.mode = mode
-        self.convention = convention.name
-        self.thinks = convention.modes[mode].thinks
-        self.thought = None if convention.marks is None else Thought(**_ids(tokenizer, *convention.marks))
-        self.dropped_system = False
-        self._mode = convention.modes[mode]
-        self._tokenizer = tokenizer
+        self._tokenizer, self._name, self._mode = tokenizer, mode, modes[mode]
+        self.thought = _thought(tokenizer, self._convention)
+        self.thinking_tokens = (thinking_tokens or THINKING_TOKENS) if self._mode.thinks else 0
+        self._dropped_system = False
 
-    def identity(self, thinking_tokens: int) -> dict[str, Any]:
-        """What conversations depend on besides task and tokenizer's vocabulary, for a job's content hash."""
-        template = hashlib.sha256(str(self._tokenizer.get_chat_template()).encode()).hexdigest()
-        return {"chat": self.mode, "template": template, "version": VERSION} | (
-            {"thinking_tokens": thinking_tokens} if self.thinks else {}
+    def check_choices(self) -> None:
+        """Refuse to score choices where a thought comes before the answer.
+
+        Raises:
+            EvaluationError: says which mode does without.
+        """
+        if not self._mode.thinks:
+            return
+        without = [name for name, mode in self._convention.modes.items() if not mode.thinks]
+        remedy = f"set chat to {' or '.join(without)}" if without else "leave chat out"
+        raise EvaluationError(
+            f"chat: {self._name} lets the model think before it answers, and choices are scored without a thought: "
+            f"{remedy}"
         )
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What answers depend on besides task and vocabulary, for a job's content hash."""
+        template = hashlib.sha256(self._template.encode()).hexdigest()
+        return {"chat": self._name, "template": template, "version": VERSION} | self._length
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What rows say of the conversations rendered so far."""
+        facts: dict[str, Any] = {"chat": self._name}
+        if self.thought is not None:
+            facts["chat_template"] = self._convention.name
+        return facts | self._length | ({"system_messages": "left out"} if self._dropped_system else {})
+
+    @property
+    def _length(self) -> dict[str, int]:
+        return {"thinking_tokens": self.thinking_tokens} if self._mode.thinks else {}
+
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
-        """The text of a conversation.
+        """The text of a conversation; without its system messages where the template refuses these, as in lm-eval.
 
         Args:
             messages: with `role` and `content`.
@@ -174,14 +196,17 @@ class Chat:
         import jinja2
 
         turns = self._with_suffix(messages)
+        spoken = [turn for turn in turns if turn["role"] != "system"]
         try:
             return self._rendered(turns, add_generation_prompt)
         except jinja2.TemplateError as error:
-            spoken = [turn for turn in turns if turn["role"] != "system"]
-            if len(spoken) == len(turns):
-                raise EvaluationError(f"the model's chat template refuses the conversation: {error}") from error
-            self.dropped_system = True  # as lm-eval's own models do; rows say so
-            return self._rendered(spoken, add_generation_prompt)
+            refusal = error
+        if len(spoken) < len(turns):
+            with suppress(jinja2.TemplateError):
+                text = self._rendered(spoken, add_generation_prompt)
+                self._dropped_system = True
+                return text
+        raise EvaluationError(f"the model's chat template refuses the conversation: {refusal}") from refusal
 
     def _rendered(self, turns: Sequence[Message], add_generation_prompt: bool) -> str:
         text: str = self._tokenizer.apply_chat_template(
@@ -195,69 +220,31 @@ class Chat:
 
     def _with_suffix(self, messages: Sequence[Message]) -> list[Message]:
         turns = list(messages)
-        for index in range(len(turns) - 1, -1, -1):
-            if self._mode.suffix and turns[index]["role"] == "user":
-                turns[index] = {**turns[index], "content": turns[index]["content"] + self._mode.suffix}
-                break
+        last = max((index for index, turn in enumerate(turns) if turn["role"] == "user"), default=None)
+        if last is not None:
+            turns[last] = {**turns[last], "content": turns[last]["content"] + self._mode.suffix}
         return turns
 
 
-def check_chat(tokenizer: Any, mode: str, *, scores_choices: bool) -> Chat:
-    """What `Chat` makes, where it can be used for a task.
-
-    Args:
-        tokenizer: the model's.
-        mode: one of `CHAT_MODES`.
-        scores_choices: whether the task scores log-likelihoods of choices.
-
-    Raises:
-        EvaluationError: as `Chat`, or choices would be scored where a thought comes first.
-    """
-    chat = Chat(tokenizer, mode)
-    if scores_choices and chat.thinks:
-        modes = _convention(tokenizer).modes
-        without = [name for name, other in modes.items() if not other.thinks]
-        remedy = f"set chat to {' or '.join(without)}" if without else "leave chat out"
-        raise EvaluationError(
-            f"chat: {mode} lets the model think before it answers, and choices are scored without a thought: {remedy}"
-        )
-    return chat
-
-
-def chat_facts(chat: Chat, thinking_tokens: int) -> dict[str, Any]:
-    """What rows say of conversations.
-
-    Args:
-        chat: with what it has rendered.
-        thinking_tokens: for a thought, on top of the task's own limit; 0 where none comes.
-    """
-    facts: dict[str, Any] = {"chat": chat.mode}
-    if chat.thought is not None:
-        facts["chat_template"] = chat.convention
-    if chat.thinks:
-        facts["thinking_tokens"] = thinking_tokens
-    if chat.dropped_system:
-        facts["system_messages"] = "left out"
-    return facts
-
-
-def _convention(tokenizer: Any) -> Convention:
+def _template(tokenizer: Any) -> str:
     try:
-        template = tokenizer.get_chat_template()
+        return str(tokenizer.get_chat_template())
     except (AttributeError, ValueError):
         raise EvaluationError(
             "chat needs a chat template and the model's tokenizer has none: leave chat out, or add the template to the "
             "checkpoint (chat_template.jinja)"
         ) from None
-    return next(found for found in CONVENTIONS if all(piece in template for piece in found.reads))
 
 
-def _ids(tokenizer: Any, opens: str, closes: str) -> dict[str, int]:
+def _thought(tokenizer: Any, convention: Convention) -> Thought | None:
+    if convention.marks is None:
+        return None
     vocabulary = tokenizer.get_vocab()
-    missing = [mark for mark in (opens, closes) if mark not in vocabulary]
+    missing = [mark for mark in convention.marks if mark not in vocabulary]
     if missing:
         raise EvaluationError(
             f"the chat template marks thoughts by {' and '.join(missing)}, which are no single tokens of the model: "
             "leave chat out, or repair the tokenizer"
         )
-    return {"opens": int(vocabulary[opens]), "closes": int(vocabulary[closes])}
+    opens, closes = (int(vocabulary[mark]) for mark in convention.marks)
+    return Thought(opens=opens, closes=closes)

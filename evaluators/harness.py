@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from evaluators import packaged
-from evaluators.chat import THINKING_TOKENS, chat_facts, check_chat
+from evaluators.chat import Chat
 from evaluators.errors import EvaluationError
 from evaluators.slices import documents_of, num_units
 from evaluators.tasks import (
@@ -222,6 +222,26 @@ def task_identity(name: str, num_fewshot: int | None = None) -> dict[str, str]:
     }
 
 
+def chat_of(tokenizer: Any, name: str, chat: str | None, thinking_tokens: int | None) -> Chat | None:
+    """How a task's prompts are conversations; None where they are plain text.
+
+    Args:
+        tokenizer: the model's.
+        name: of the task or group.
+        chat: the thinking mode; None: plain text.
+        thinking_tokens: as `evaluate_task` takes it.
+
+    Raises:
+        EvaluationError: the template is missing or has no such mode, or choices would be scored after a thought.
+    """
+    if chat is None:
+        return None
+    found = Chat(tokenizer, chat, thinking_tokens=thinking_tokens)
+    if not generates(name):
+        found.check_choices()
+    return found
+
+
 def evaluate_task(
     model: Any,
     tokenizer: Any,
@@ -230,7 +250,7 @@ def evaluate_task(
     limit: int | None = None,
     num_fewshot: int | None = None,
     chat: str | None = None,
-    thinking_tokens: int = THINKING_TOKENS,
+    thinking_tokens: int | None = None,
     seed: int = 0,
     allow_code_execution: bool = False,
     part: Slice | None = None,
@@ -247,7 +267,7 @@ def evaluate_task(
         num_fewshot: examples in the prompt; None is the task's own default.
         chat: the thinking mode of `evaluators.chat` in which prompts are conversations, examples as turns of their
             own; None: prompts are plain text.
-        thinking_tokens: for a thought, on top of what the task allows for an answer; of no matter where none comes.
+        thinking_tokens: for a thought, on top of what the task allows for an answer; None: `chat.THINKING_TOKENS`.
         seed: of the choice of examples, and of what is drawn where a task draws.
         allow_code_execution: whether programs that the model wrote may be run, in the sandbox.
         part: score this slice alone; `merging.merge` puts all of them together. None scores the whole task.
@@ -274,15 +294,14 @@ def evaluate_task(
     for task in tasks.values():
         task.set_fewshot_seed(seed=seed)
     scored = tasks if part is None else _cut(name, tasks, part, limit)
-    talk = None if chat is None else check_chat(tokenizer, chat, scores_choices=not generates(name))
-    extra = thinking_tokens if talk is not None and talk.thinks else 0
-    scorer = Scorer(model, tokenizer, seed=seed, chat=talk, thinking_tokens=extra, progress=progress)
+    conversation = chat_of(tokenizer, name, chat, thinking_tokens)
+    scorer = Scorer(model, tokenizer, seed=seed, chat=conversation, progress=progress)
     found = evaluate(
         lm=scorer,
         task_dict={"tasks": scored},
         limit=limit,
-        apply_chat_template=talk is not None,
-        fewshot_as_multiturn=talk is not None,
+        apply_chat_template=conversation is not None,
+        fewshot_as_multiturn=conversation is not None,
         confirm_run_unsafe_code=allow_code_execution,
     )
     first, first_name = tasks[names[0]], next(iter(scored))
@@ -296,7 +315,7 @@ def evaluate_task(
         protocol_split=first.protocol_split,
         num_truncated=scorer.num_truncated,
         scoring=scorer.scoring,
-        chat={} if talk is None else chat_facts(talk, extra),
+        chat={} if conversation is None else conversation.facts,
         metrics=metrics + text_metrics(items),
         items=items,
     )

@@ -103,7 +103,6 @@ class Scorer(TemplateLM):  # type: ignore[misc]  # lm_eval is untyped
         pack_tokens: int | None = None,
         seed: int = 0,
         chat: Chat | None = None,
-        thinking_tokens: int = 0,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         """Take a model in evaluation mode and its tokenizer.
@@ -113,8 +112,7 @@ class Scorer(TemplateLM):  # type: ignore[misc]  # lm_eval is untyped
             tokenizer: its tokenizer.
             pack_tokens: most tokens of one forward pass; a longer segment runs alone. None is what suits the device.
             seed: of what is drawn when texts are generated.
-            chat: how conversations are rendered, where prompts are conversations.
-            thinking_tokens: for a thought, on top of what a task allows for an answer.
+            chat: renders conversations, where prompts are conversations.
             progress: called with requests done and their number.
 
         Raises:
@@ -137,7 +135,6 @@ class Scorer(TemplateLM):  # type: ignore[misc]  # lm_eval is untyped
         self.generated: dict[tuple[str | None, int | None], list[Generated]] = defaultdict(list)
         self._seed = seed
         self._chat = chat
-        self._thinking_tokens = thinking_tokens
         self._end_tokens = _end_tokens(model, tokenizer)
         self._progress = progress
         self._before, self._total = 0, 0  # requests of earlier units, and of all
@@ -211,7 +208,7 @@ class Scorer(TemplateLM):  # type: ignore[misc]  # lm_eval is untyped
                     json.loads(arguments),
                     seed=unit.seed(self._seed),
                     thought=None if self._chat is None else self._chat.thought,
-                    thinking_tokens=self._thinking_tokens,
+                    thinking_tokens=0 if self._chat is None else self._chat.thinking_tokens,
                 )
                 contexts = [self._context(requests[index].args[0], decoding) for index in indices]
                 found = generator.generate(

@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from evaluators.chat import THINKING_TOKENS, ChatMode
+from evaluators.chat import ChatMode
 from evaluators.corpora import Corpus, cut_of, protocol
 from evaluators.errors import EvaluationError
 from evaluators.recipes import Cut
@@ -131,7 +131,7 @@ class TaskConfig(_Strict):
     """An lm-eval task; `limit` items (None: all), `num_fewshot` shots (None: the task's own), cut into `slices`.
 
     With `chat`, prompts are conversations by the model's chat template, in that thinking mode; a thought may take
-    `thinking_tokens` on top of what the task allows for an answer.
+    `thinking_tokens` (None: 2048) on top of what the task allows for an answer.
     Slices change who scores what, and no row: identities leave them out.
     """
 
@@ -139,8 +139,14 @@ class TaskConfig(_Strict):
     limit: int | None = Field(default=None, ge=1)
     num_fewshot: int | None = Field(default=None, ge=0)
     chat: ChatMode | None = None
-    thinking_tokens: int = Field(default=THINKING_TOKENS, ge=1)
+    thinking_tokens: int | None = Field(default=None, ge=1)
     slices: int = Field(default=1, ge=1)
+
+    @model_validator(mode="after")
+    def _thinks_in_conversations(self) -> TaskConfig:
+        if self.thinking_tokens is not None and self.chat is None:
+            raise PydanticCustomError("told", "thinking_tokens is given without chat; name the thinking mode with it")
+        return self
 
 
 class EvaluationConfig(_Strict):

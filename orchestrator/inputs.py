@@ -8,11 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evaluators.chat import check_chat
 from evaluators.corpora import Corpus, calibration_windows, evaluation_windows
 from evaluators.errors import EvaluationError
-from evaluators.harness import check_protocol, count_units, task_identity
-from evaluators.tasks import generates
+from evaluators.harness import chat_of, check_protocol, count_units, task_identity
 from orchestrator.config import CalibrationConfig, PerplexityConfig, Sweep, TaskConfig
 from orchestrator.errors import BitatlasError
 from orchestrator.models.checkpoint import checkpoint_digest
@@ -192,10 +190,8 @@ def _task_hash(task: TaskConfig, tokenizer: Any, where: str) -> str:
     try:
         check_protocol(task.name, task.num_fewshot)
         facts: list[Any] = [_TASK_VERSION, task_identity(task.name, task.num_fewshot), task.limit, task.num_fewshot]
-        if task.chat is not None:
-            chat = check_chat(tokenizer, task.chat, scores_choices=not generates(task.name))
-            facts.append(chat.identity(task.thinking_tokens))
-        return content_hash(facts)
+        chat = chat_of(tokenizer, task.name, task.chat, task.thinking_tokens)
+        return content_hash(facts if chat is None else [*facts, chat.identity])
     except EvaluationError as error:
         raise BitatlasError(f"{where}: {error}") from error
 

@@ -98,8 +98,10 @@ class Job:
 
     @property
     def label(self) -> str:
-        """`smollm2-135m gptq-w4-g64: arc_easy`, and ` 2/3` of a slice."""
-        return f"{self.cell.label}: {self.task}" + ("" if self.slice is None else f" {self.slice}")
+        """`smollm2-135m gptq-w4-g64: arc_easy`, with ` (chat no_think)` of a conversation and ` 2/3` of a slice."""
+        chat = self.evaluation.chat if isinstance(self.evaluation, TaskConfig) else None
+        how = "" if chat is None else f" (chat {chat})"
+        return f"{self.cell.label}: {self.task}{how}" + ("" if self.slice is None else f" {self.slice}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -36,12 +36,12 @@ class Progress:
         done: jobs whose rows are there, failed ones left out.
         failed: the events of jobs that failed for good.
         running: the events by which running jobs started.
-        ended: the events of this session's ended jobs, in order.
+        ended: the events of the latest session's ended jobs, in order.
         warnings: each once.
         total: jobs of the plan; None where no session has said so yet.
         state: of the latest session, in words.
         left: what is left of the time, in words; empty where none can be told.
-        alive: whether a driver has started and not ended; it may have been killed.
+        is_over: whether the latest session has ended; one whose driver was killed has not.
     """
 
     name: str
@@ -53,7 +53,7 @@ class Progress:
     total: int | None
     state: str
     left: str
-    alive: bool
+    is_over: bool
 
     @property
     def headline(self) -> str:
@@ -89,21 +89,21 @@ def progress_of(name: str, events: Sequence[Event], now: datetime) -> Progress:
     ended = [event for event in latest.values() if event["event"] in _ENDED]
     failed = [event for event in ended if event["event"] == "failed"]
     sessions = [event for event in events if event["event"] in {"session_started", "session_ended"}]
-    alive = bool(sessions) and sessions[-1]["event"] == "session_started"
-    session = sessions[-1]["session"] if alive else None  # what an earlier, killed driver started runs no more
-    started = [event for event in latest.values() if event["event"] == "started" and event["session"] == session]
+    is_over = bool(sessions) and sessions[-1]["event"] == "session_ended"
+    # Of the latest session: what an earlier, killed driver started runs no more.
+    own = [event for event in latest.values() if sessions and event["session"] == sessions[-1]["session"]]
     warnings = [event for event in events if event["event"] == "warning"]
     return Progress(
         name=name,
         done=len(ended) - len(failed),
         failed=failed,
-        running=started if alive else [],
-        ended=sorted((event for event in ended if event["session"] == session), key=lambda event: event["at"]),
+        running=[] if is_over else [event for event in own if event["event"] == "started"],
+        ended=sorted((event for event in own if event["event"] in _ENDED), key=lambda event: event["at"]),
         warnings=list(dict.fromkeys(f"{event['job']}: {event['error']}" for event in warnings)),
         total=next((event["jobs"] for event in reversed(sessions) if event["jobs"] is not None), None),
         state=_state(sessions),
-        left=_left(sessions[-1], now) if alive else "",
-        alive=alive,
+        left=_left(sessions[-1], now) if sessions and not is_over else "",
+        is_over=is_over,
     )
 
 
@@ -114,7 +114,7 @@ def print_status(directory: Path, console: Console) -> int:
         BitatlasError: the directory holds no sweep.
     """
     progress = read_progress(directory)
-    for part in _parts(progress, datetime.now(UTC)):
+    for part in _parts(progress):
         console.print(part, highlight=False, soft_wrap=isinstance(part, Text))
     return 1 if progress.failed else 0
 
@@ -130,7 +130,7 @@ def watch_status(directory: Path, console: Console) -> int:
     progress = read_progress(directory)
     try:
         with Live(_screen(progress), console=console, auto_refresh=False) as live:
-            while progress.alive or (not progress.ended and progress.state == _NOT_STARTED):
+            while not progress.is_over:
                 time.sleep(_REFRESH_SECONDS)
                 progress = read_progress(directory)
                 live.update(_screen(progress), refresh=True)
@@ -139,14 +139,10 @@ def watch_status(directory: Path, console: Console) -> int:
     return 1 if progress.failed else 0
 
 
-def _parts(progress: Progress, now: datetime) -> Iterator[RenderableType]:
+def _parts(progress: Progress) -> Iterator[RenderableType]:
     yield Text(progress.headline)
-    if progress.running:
-        yield _table(("worker", "job", "for"), [_running(event, now) for event in progress.running])
-    for warning in progress.warnings:
-        yield Text(f"warning: {warning}", style="yellow")
-    for event in progress.failed:
-        yield Text(f"failed: {event['job']}: {event['error']}", style="red")
+    yield from _running(progress)
+    yield from _troubles(progress)
 
 
 def _screen(progress: Progress) -> RenderableType:
@@ -154,20 +150,30 @@ def _screen(progress: Progress) -> RenderableType:
     parts: list[RenderableType] = [Text(progress.headline)]
     if progress.total:
         parts.append(ProgressBar(total=progress.total, completed=min(progress.done, progress.total), width=60))
-    if progress.running:
-        now = datetime.now(UTC)
-        parts.append(_table(("worker", "job", "for"), [_running(event, now) for event in progress.running]))
+    parts += _running(progress)
     if progress.ended:
-        latest = progress.ended[-_LATEST:]
-        parts.append(_table(("ended", "job", "took"), [_ended(event) for event in reversed(latest)]))
-    troubles = [Text(f"warning: {warning}", style="yellow") for warning in progress.warnings]
-    troubles += [Text(f"failed: {event['job']}: {event['error']}", style="red") for event in progress.failed]
+        parts.append(_table(("ended", "job", "took"), map(_ended, reversed(progress.ended[-_LATEST:]))))
+    troubles = list(_troubles(progress))
     if len(troubles) > _LATEST:
         parts.append(Text(f"{len(troubles) - _LATEST} more before these: `bitatlas status` shows all"))
     return Group(*parts, *troubles[-_LATEST:])
 
 
-def _table(headings: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> Table:
+def _running(progress: Progress) -> Iterator[RenderableType]:
+    now = datetime.now(UTC)
+    rows = [(event["worker"], event["job"], clock((now - event["at"]).total_seconds())) for event in progress.running]
+    if rows:
+        yield _table(("worker", "job", "for"), rows)
+
+
+def _troubles(progress: Progress) -> Iterator[Text]:
+    for warning in progress.warnings:
+        yield Text(f"warning: {warning}", style="yellow")
+    for event in progress.failed:
+        yield Text(f"failed: {event['job']}: {event['error']}", style="red")
+
+
+def _table(headings: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> Table:
     table = Table(box=None, padding=(0, 1))
     for heading in headings:
         table.add_column(heading)
@@ -176,22 +182,15 @@ def _table(headings: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> Table:
     return table
 
 
-def _running(event: Event, now: datetime) -> tuple[str, ...]:
-    return event["worker"], event["job"], clock((now - event["at"]).total_seconds())
-
-
 def _ended(event: Event) -> tuple[str, ...]:
     took = "" if event["seconds"] is None else clock(event["seconds"])
     what = "" if event["event"] == "finished" else f" ({event['event']})"
     return f"{event['at']:%H:%M:%S}", event["job"] + what, took
 
 
-_NOT_STARTED = "not started"
-
-
 def _state(sessions: Sequence[Event]) -> str:
     if not sessions:
-        return _NOT_STARTED
+        return "not started"
     last = sessions[-1]
     if last["event"] == "session_started":
         return f"a driver started {last['at']:%Y-%m-%d %H:%M:%S} UTC and has not ended (running, or killed)"

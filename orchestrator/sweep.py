@@ -267,7 +267,6 @@ class Driver:
             if self._merge(whole, schedule, rows):
                 self._merged.append(whole)
         if stopping:
-            self._commit()
             raise BitatlasError(
                 f"a worker could not write to {self._layout.root} ({stopping.message}); what is done is kept and "
                 "readable: mend the disk and run the same command again"

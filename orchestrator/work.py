@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from math import ceil
 from typing import TYPE_CHECKING
 
+from evaluators.chat import THINKING_TOKENS
 from orchestrator.config import PerplexityConfig, TaskConfig
 
 if TYPE_CHECKING:
@@ -211,8 +212,8 @@ def task_work(shape: ModelShape, task: TaskConfig) -> float:
     shots = 0 if size.shares_examples else task.num_fewshot or 0
     prompt = forward_work(shape, documents, size.tokens * (1 + shots), head=False)
     generated = size.generated
-    if generated and task.chat in ("auto_think", "slow_think"):
-        generated += task.thinking_tokens // 2
+    if generated and task.chat in ("auto_think", "slow_think"):  # whether "default" thinks is the template's to say
+        generated += (task.thinking_tokens or THINKING_TOKENS) // 2
     # A generated token costs what it would in a prompt of its length, times DECODING.
     return prompt + DECODING * forward_work(shape, documents, generated, head=True)
 

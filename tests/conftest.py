@@ -25,6 +25,7 @@ STARTS = {
     "test_slices": SOON,
     "test_sliced_sweep": SOON,
     "test_sandbox": SOON,
+    "test_sandbox_references": SOON,
     "test_divergence_memory": SOON,
     "test_ray_pool": LAST,
     "test_bundle_end_to_end": LAST,

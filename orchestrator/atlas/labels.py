@@ -120,8 +120,8 @@ def column_labels(columns: Sequence[Column]) -> dict[Column, str]:
             protocols = [parse_object(other.protocol) for other in same_metric]
             own = parse_object(column.protocol)
             names = _varying(protocols)
-            differing = pairs({name: own.get(name) for name in names})
-            parts.append(f"({differing or (plain('without ' + ', '.join(names)) if own else 'no protocol')})")
+            without = f"without {plain(', '.join(names))}" if own else "no protocol"
+            parts.append(f"({pairs({name: own.get(name) for name in names}) or without})")
         labels[column] = " ".join(parts)
     return labels
 

@@ -7,11 +7,11 @@ import pytest
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 
-from evaluators.chat import CHAT_MODES, CONVENTIONS, Chat, Thought, check_chat
+from evaluators.chat import CHAT_MODES, CONVENTIONS, THINKING_TOKENS, Chat, Thought
 from evaluators.decoding import Decoding, decoding_of
 from evaluators.errors import EvaluationError
 from evaluators.generation import Generator
-from evaluators.harness import evaluate_task
+from evaluators.harness import chat_of, evaluate_task
 from evaluators.head import split
 from evaluators.merging import merge
 from evaluators.packaged_task import load_task, quiet
@@ -76,7 +76,8 @@ def test_openpangu_takes_its_mode_at_the_end_of_the_last_user_turn(openpangu, mo
         "[unused9]系统：[unused10][unused9]用户：1 + 1?[unused10][unused9]助手：2[unused10]"
         f"[unused9]用户：And 2 + 2?{suffix}[unused10][unused9]助手："
     )
-    assert (chat.convention, chat.thinks) == ("openPangu", mode != "no_think")
+    length = {} if mode == "no_think" else {"thinking_tokens": THINKING_TOKENS}
+    assert chat.facts == {"chat": mode, "chat_template": "openPangu"} | length
     vocabulary = openpangu.get_vocab()
     assert chat.thought == Thought(opens=vocabulary["[unused16]"], closes=vocabulary["[unused17]"])
     assert TALK[-1]["content"] == "And 2 + 2?"  # what was given is left alone
@@ -94,7 +95,7 @@ def test_a_switch_of_the_template(switched):
 def test_a_template_without_modes(tokenizer):
     chat = Chat(tokenizer, "default")
     assert chat.render(TALK) == tokenizer.apply_chat_template(TALK, tokenize=False, add_generation_prompt=True)
-    assert (chat.thinks, chat.thought) == (False, None)
+    assert (chat.thinking_tokens, chat.thought) == (0, None)
     for mode in ("no_think", "slow_think"):
         with pytest.raises(
             EvaluationError, match=f"chat: {mode} is no mode .* 'without thinking modes', which knows default"
@@ -125,22 +126,27 @@ def test_choices_are_not_scored_where_a_thought_comes_first(openpangu, switched,
         (always, "default", "leave chat out"),
     ):
         with pytest.raises(EvaluationError, match=f"chat: {mode} lets the model think .*: {remedy}"):
-            check_chat(thinking, mode, scores_choices=True)
-        assert check_chat(thinking, mode, scores_choices=False).thinks
+            Chat(thinking, mode).check_choices()
+        assert chat_of(thinking, "gsm8k", mode, 7).thinking_tokens == 7
+        with pytest.raises(EvaluationError, match="without a thought"):
+            chat_of(thinking, "mmlu", mode, 7)
     for plain, mode in ((openpangu, "no_think"), (switched, "no_think"), (tokenizer, "default")):
-        assert check_chat(plain, mode, scores_choices=True).mode == mode
+        assert chat_of(plain, "mmlu", mode, 7).thinking_tokens == 0
 
 
 def test_a_template_that_refuses_system_messages_goes_without_and_says_so(tokenizer):
     refusing = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
     chat = Chat(with_template(tokenizer, refusing + TURNS + "{% endif %}"), "default")
     without = chat.render(TALK)
-    assert not chat.dropped_system
+    assert chat.facts == {"chat": "default"}
     assert chat.render([{"role": "system", "content": "Be brief."}, *TALK]) == without
-    assert chat.dropped_system
+    assert chat.facts == {"chat": "default", "system_messages": "left out"}
     never = with_template(tokenizer, "{{ raise_exception('closed today') }}")
-    with pytest.raises(EvaluationError, match="refuses the conversation: closed today"):
-        Chat(never, "default").render(TALK)
+    for talk in (TALK, [{"role": "system", "content": "Be brief."}, *TALK]):
+        closed = Chat(never, "default")
+        with pytest.raises(EvaluationError, match="refuses the conversation: closed today"):
+            closed.render(talk)
+        assert closed.facts == {"chat": "default"}
 
 
 def test_every_mode_belongs_to_a_convention():
@@ -150,14 +156,16 @@ def test_every_mode_belongs_to_a_convention():
 
 def test_identities_follow_template_mode_and_length(openpangu, switched, tokenizer):
     found = [
-        Chat(openpangu, "no_think").identity(100),
-        Chat(openpangu, "slow_think").identity(100),
-        Chat(openpangu, "slow_think").identity(200),
-        Chat(switched, "slow_think").identity(100),
-        Chat(tokenizer, "default").identity(100),
+        Chat(openpangu, "no_think").identity,
+        Chat(openpangu, "slow_think").identity,
+        Chat(openpangu, "slow_think", thinking_tokens=200).identity,
+        Chat(switched, "slow_think").identity,
+        Chat(tokenizer, "default").identity,
     ]
     assert len({json.dumps(one, sort_keys=True) for one in found}) == len(found)
-    assert Chat(openpangu, "no_think").identity(100) == Chat(openpangu, "no_think").identity(200)
+    assert Chat(openpangu, "no_think").identity == Chat(openpangu, "no_think", thinking_tokens=200).identity
+    standard = Chat(openpangu, "slow_think", thinking_tokens=THINKING_TOKENS)
+    assert Chat(openpangu, "slow_think").identity == standard.identity
 
 
 @pytest.mark.parametrize(
@@ -208,12 +216,6 @@ def spoken(small_model):
 def said(model, decoding, context=CONTEXT):
     (found,) = Generator(split(model), Letters(), set()).generate([context], decoding, pack_tokens=64)
     return found
-
-
-def distinct(tokens, index):
-    """The token at `index`, which comes nowhere else."""
-    assert tokens.count(tokens[index]) == 1
-    return tokens[index]
 
 
 def test_a_thought_is_kept_apart_from_the_text(small_model, spoken):
@@ -371,13 +373,11 @@ def test_a_thought_reaches_items_and_no_filter(make_llama, always, no_network, m
     result = merge(parts)
     assert result.chat == {"chat": "slow_think", "chat_template": "always thinking", "thinking_tokens": 3}
     assert len(result.items) == 128
-    closes = always.get_vocab()["</think>"]
-    for item in result.items:
-        assert item.answer_tokens <= 15
-        if item.is_cut and closes not in always(item.thought or "")["input_ids"]:
-            assert item.answer == ""
-            assert item.thought
-    assert any(item.answer == "" for item in result.items)
+    unfinished = [item for item in result.items if item.is_cut]
+    assert len(unfinished) > 100
+    for item in unfinished:
+        assert (item.answer, item.answer_tokens, set(item.correct.values())) == ("", 15, {0.0})
+        assert item.thought
 
 
 def shorter(monkeypatch):

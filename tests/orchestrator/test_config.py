@@ -61,7 +61,14 @@ REFUSED = [
         {"evaluation": {"tasks": [{"name": "piqa", "chat": "nothink"}]}},
         "evaluation.tasks[0].chat = 'nothink': must be ",
     ),
-    ({"evaluation": {"tasks": [{"name": "piqa", "thinking_tokens": 0}]}}, "evaluation.tasks[0].thinking_tokens = 0: "),
+    (
+        {"evaluation": {"tasks": [{"name": "piqa", "thinking_tokens": 9}]}},
+        "evaluation.tasks[0]: thinking_tokens is given without chat; name the thinking mode with it",
+    ),
+    (
+        {"evaluation": {"tasks": [{"name": "piqa", "chat": "default", "thinking_tokens": 0}]}},
+        "evaluation.tasks[0].thinking_tokens = 0: ",
+    ),
     (
         {"evaluation": {"tasks": [{"name": "piqa"}, {"name": "mbpp"}]}},
         "evaluation: tasks[1]: task mbpp runs programs that the model wrote, in a sandbox, and only where",

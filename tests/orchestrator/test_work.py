@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from evaluators.slices import Slice
+from evaluators.tasks import GROUPS, TASKS, generates
 from orchestrator.config import TaskConfig
 from orchestrator.models.loading import ModelShape
 from orchestrator.scheme import parse_scheme
@@ -113,6 +114,10 @@ def test_tasks():
     assert task_work(SHAPE, talk.model_copy(update={"chat": "slow_think"})) > 2 * generated
 
 
+def test_tasks_that_generate_are_counted_as_such():
+    assert {name for name in TASKS if task_size(name).generated} == {name for name in TASKS if generates(name)}
+
+
 def test_groups_and_tasks_that_are_not_known():
     mmlu = TASK_SIZES["mmlu"]
     assert task_work(SHAPE, TaskConfig(name="mmlu", limit=3)) == forward_work(SHAPE, 3 * 57, mmlu.tokens, head=False)
@@ -121,8 +126,6 @@ def test_groups_and_tasks_that_are_not_known():
 
 
 def test_every_task_has_a_size_of_its_own():
-    from evaluators.tasks import GROUPS, TASKS
-
     assert set(TASK_SIZES) <= {*TASKS, *GROUPS}
     unknown = [name for name in (*TASKS, *GROUPS) if task_size(name) == task_size("something_else")]
     assert not unknown
