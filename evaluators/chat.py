@@ -135,7 +135,8 @@ class Chat:
             thinking_tokens: for a thought, where the mode lets the model think; None: `THINKING_TOKENS`.
 
         Raises:
-            EvaluationError: no template, a mode that it does not have, or no single tokens around a thought.
+            EvaluationError: no template or a broken one, a mode that it does not have, or no single tokens around a
+                thought.
         """
         self._template = _template(tokenizer)
         self._convention = next(found for found in CONVENTIONS if all(piece in self._template for piece in found.reads))
@@ -149,6 +150,7 @@ class Chat:
         self.thought = _thought(tokenizer, self._convention)
         self.thinking_tokens = (thinking_tokens or THINKING_TOKENS) if self._mode.thinks else 0
         self._dropped_system = False
+        self.render([{"role": "user", "content": "Hello"}])  # a broken template is found before anything runs
 
     def check_choices(self) -> None:
         """Refuse to score choices where a thought comes before the answer.

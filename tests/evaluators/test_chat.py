@@ -141,12 +141,20 @@ def test_a_template_that_refuses_system_messages_goes_without_and_says_so(tokeni
     assert chat.facts == {"chat": "default"}
     assert chat.render([{"role": "system", "content": "Be brief."}, *TALK]) == without
     assert chat.facts == {"chat": "default", "system_messages": "left out"}
-    never = with_template(tokenizer, "{{ raise_exception('closed today') }}")
+    long = "{% if messages|length > 1 %}{{ raise_exception('too long') }}{% endif %}"
     for talk in (TALK, [{"role": "system", "content": "Be brief."}, *TALK]):
-        closed = Chat(never, "default")
-        with pytest.raises(EvaluationError, match="refuses the conversation: closed today"):
-            closed.render(talk)
-        assert closed.facts == {"chat": "default"}
+        short = Chat(with_template(tokenizer, long), "default")
+        with pytest.raises(EvaluationError, match="refuses the conversation: too long"):
+            short.render(talk)
+        assert short.facts == {"chat": "default"}
+
+
+@pytest.mark.parametrize(
+    ("template", "words"), [("{{ raise_exception('closed today') }}", "closed today"), ("{% if %}", "Expected an expr")]
+)
+def test_a_template_that_never_works_is_refused_at_once(tokenizer, template, words):
+    with pytest.raises(EvaluationError, match=f"the model's chat template refuses the conversation: {words}"):
+        Chat(with_template(tokenizer, template), "default")
 
 
 def test_every_mode_belongs_to_a_convention():
