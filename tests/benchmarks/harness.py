@@ -117,7 +117,7 @@ def _commands(root, comparison, peer_python, files):
         ],
         PEER: [
             *(str(peer_python), str(peer), *comparison.peer_flags),
-            *("--dtype", "bfloat16", "--threads", "1", *given),
+            *("--dtype", "float32" if faster_dtype() == "float32" else "bfloat16", "--threads", "1", *given),
         ],
     }
 
