@@ -71,6 +71,16 @@ def claim(kind: DeviceKind) -> Claim:
     return Claim(torch_device="cpu", name=_processor())
 
 
+def limit_memory(device: Claim, share: float) -> None:
+    """Let this process take at most a share of its device's memory, where others share the device; 1 is no limit."""
+    if share >= 1 or device.torch_device == "cpu":
+        return
+    import torch
+
+    # `torch.npu` has it too; not run on hardware.
+    torch.get_device_module(device.torch_device).set_per_process_memory_fraction(share)
+
+
 def _claim_npu(ids: tuple[str, ...]) -> Claim:
     # Not run on hardware. CANN drops ids that are no valid index without a word, hence the count.
     import torch

@@ -1,12 +1,52 @@
-"""What went wrong with a job, and whether to try it again. Pure: exceptions are looked at by name and errno."""
+"""What went wrong with a job, and whether to try it again. Pure: exceptions are looked at by name, text and errno."""
 
 from __future__ import annotations
 
 import errno
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
-# Kind -> how often a job is tried in all before it is a failed row.
-ATTEMPTS = {"worker_lost": 3, "out_of_memory": 2, "disk": 1, "refused": 1, "error": 1}
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """What follows a failed attempt.
+
+    Args:
+        attempts: how often a job may fail this way before it is given up.
+        smaller: the next attempt is told to take less memory at a time.
+        elsewhere_from: from this attempt on another worker takes it, if there is one.
+        hurts_worker: the job is suspected of having brought its worker down.
+        stops_sweep: no other job would fare better.
+    """
+
+    attempts: int = 1
+    smaller: bool = False
+    elsewhere_from: int | None = None
+    hurts_worker: bool = False
+    stops_sweep: bool = False
+
+
+POLICIES = {
+    # A smaller batch first, then a worker with perhaps more memory to spare.
+    "out_of_memory": Policy(attempts=3, smaller=True, elsewhere_from=3),
+    # Three dead workers are no accident: the job is quarantined.
+    "worker_lost": Policy(attempts=3, hurts_worker=True),
+    # No fault of the job; nodes that come and go must not use up its attempts.
+    "node_lost": Policy(attempts=20),
+    "stuck": Policy(attempts=2, elsewhere_from=2, hurts_worker=True),
+    # What the job reads was damaged or is gone; whoever found it has set it aside, and it is made again.
+    "damaged": Policy(attempts=3),
+    # Another node may have what this one lacks.
+    "data": Policy(attempts=2, elsewhere_from=2),
+    "disk": Policy(stops_sweep=True),
+    # Trying again changes nothing: numbers that a method cannot work with, bad input, a defect.
+    "numerical": Policy(),
+    "refused": Policy(),
+    "error": Policy(),
+}
+QUARANTINED = "quarantined"
+"""The kind of a job that was given up because it brings workers down."""
 
 _LOST = {
     "ActorDiedError",
@@ -17,10 +57,22 @@ _LOST = {
     "RayActorError",
     "WorkerCrashedError",
 }
-_MEMORY = {"OutOfMemoryError", "MemoryError"}
+_NODE_DIED = ("its node has died", "node was terminated", "doesn't exist any more")
+_NODE_OUT_OF_MEMORY = ("NODE_OUT_OF_MEMORY", "running low on memory")
 _DISK = {errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EFBIG}
-# Errors of our own packages that say exactly what is wrong with the input: trying again changes nothing.
-_REFUSED = {"QuantizationError", "EvaluationError", "BitatlasError"}
+# By name, most special first; packages that must not know this one raise most of them.
+_NAMED = {
+    "OutOfMemoryError": "out_of_memory",
+    "MemoryError": "out_of_memory",
+    "DamagedFileError": "damaged",
+    "NumericalError": "numerical",
+    "LinAlgError": "numerical",
+    "DataError": "data",
+    "QuantizationError": "refused",
+    "EvaluationError": "refused",
+    "BitatlasError": "refused",
+}
+_PLAIN = {"out_of_memory", "damaged", "numerical", "data", "refused"}  # their messages need no exception's name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +80,7 @@ class Failure:
     """One failed attempt.
 
     Args:
-        kind: a key of `ATTEMPTS`.
+        kind: a key of `POLICIES`.
         message: one line for tables and terminals.
         detail: the traceback, for the log.
     """
@@ -37,26 +89,70 @@ class Failure:
     message: str
     detail: str = ""
 
-    def retry(self, attempt: int) -> bool:
-        """Whether another attempt should follow attempt number `attempt` (1 is the first)."""
-        return attempt < ATTEMPTS[self.kind]
-
     @property
-    def stops_sweep(self) -> bool:
-        """Whether no other job would fare better."""
-        return self.kind == "disk"
+    def policy(self) -> Policy:
+        """What is done about it."""
+        return POLICIES[self.kind]
+
+
+@dataclass
+class Attempts:
+    """How a job failed so far.
+
+    Args:
+        kinds: kind -> how often.
+        workers: those on which it failed, the last one last.
+    """
+
+    kinds: Counter[str] = field(default_factory=Counter)
+    workers: list[str] = field(default_factory=list)
+
+    def add(self, failure: Failure, worker: str) -> None:
+        """Another attempt failed."""
+        self.kinds[failure.kind] += 1
+        self.workers.append(worker)
+
+    def retry(self, failure: Failure) -> bool:
+        """Whether the job should be tried again after `failure`, which was added already."""
+        return self.kinds[failure.kind] < failure.policy.attempts
+
+    def final(self, failure: Failure) -> Failure:
+        """`failure` as the row of a job that is given up tells it."""
+        count = self.kinds[failure.kind]
+        if failure.policy.hurts_worker and count > 1:
+            what = "brought down" if failure.kind == "worker_lost" else "hung on"
+            told = f"{what} {count} workers, the last one so: {failure.message}"
+            return Failure(kind=QUARANTINED, message=told, detail=failure.detail)
+        tries = f" (tried {count} times)" if count > 1 else ""
+        return Failure(kind=failure.kind, message=failure.message + tries, detail=failure.detail)
+
+    def memory_share(self) -> float:
+        """How much memory at a time the next attempt may take, of what the first one did."""
+        smaller: Mapping[str, Policy] = {kind: policy for kind, policy in POLICIES.items() if policy.smaller}
+        return float(0.5 ** sum(self.kinds[kind] for kind in smaller))
+
+    def avoid(self, failure: Failure) -> frozenset[str]:
+        """Workers that should not have the next attempt while there are others."""
+        start = failure.policy.elsewhere_from
+        return frozenset(self.workers if start is not None and self.kinds[failure.kind] + 1 >= start else ())
 
 
 def classify(error: BaseException, detail: str = "") -> Failure:
     """The failure that an exception stands for."""
     names = {kind.__name__ for kind in type(error).__mro__}
-    message = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    text = str(error)
+    message = (text.strip().splitlines() or [type(error).__name__])[0]
     if names & _LOST:
-        return Failure(kind="worker_lost", message=message, detail=detail)
-    if names & _MEMORY:
-        return Failure(kind="out_of_memory", message=message, detail=detail)
+        return Failure(kind=_kind_of_loss(names, text), message=message, detail=detail)
     if isinstance(error, OSError) and error.errno in _DISK:
         return Failure(kind="disk", message=message, detail=detail)
-    if names & _REFUSED:
-        return Failure(kind="refused", message=message, detail=detail)
-    return Failure(kind="error", message=f"{type(error).__name__}: {message}", detail=detail)
+    kind = next((kind for name, kind in _NAMED.items() if name in names), "error")
+    told = message if kind in _PLAIN else f"{type(error).__name__}: {message}"
+    return Failure(kind=kind, message=told, detail=detail)
+
+
+def _kind_of_loss(names: set[str], text: str) -> str:
+    if any(sign in text for sign in _NODE_OUT_OF_MEMORY):
+        return "out_of_memory"
+    is_node = "NodeDiedError" in names or any(sign in text for sign in _NODE_DIED)
+    return "node_lost" if is_node else "worker_lost"

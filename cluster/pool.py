@@ -23,11 +23,12 @@ Payload = Mapping[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerInfo:
-    """A worker's name (`cpu-0@host`) and device."""
+    """A worker's name (`cpu-0@host`), device, and what files it shares with others: those of its node."""
 
     name: str
     device: str
     process_id: int
+    node: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +39,18 @@ class Completion:
     result: Any = None
     failure: Failure | None = None
     seconds: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """A worker that joined or left the pool.
+
+    Args:
+        reason: why it left; None where it joined.
+    """
+
+    worker: WorkerInfo
+    reason: Failure | None = None
 
 
 class Pool(Protocol):
@@ -51,8 +64,15 @@ class Pool(Protocol):
         """Give an idle worker a job."""
 
     def wait(self, seconds: float) -> list[Completion]:
-        """Completions so far; waits up to `seconds` for the first. A lost worker is a completion with a failure of
-        kind `worker_lost`, and has been replaced under the same name if the cluster allows."""
+        """Completions so far; waits up to `seconds` for the first. The job of a worker that was lost is a completion
+        with a failure; the worker is replaced in time, under the same name, if the cluster allows.
+
+        Raises:
+            ClusterError: no worker is left, and none can be expected.
+        """
+
+    def changes(self) -> list[Change]:
+        """Workers that joined or left since this was asked last."""
 
     def activity(self) -> Mapping[str, str]:
         """Worker -> the last line it reported."""
@@ -110,6 +130,10 @@ class InlinePool:
         result, failure = attempt(self._worker, self._queue.popleft())
         seconds = time.perf_counter() - started
         return [Completion(worker=self._name, result=result, failure=failure, seconds=seconds)]
+
+    def changes(self) -> list[Change]:
+        """None ever."""
+        return []
 
     def activity(self) -> Mapping[str, str]:
         """The worker's last line."""

@@ -1,176 +1,342 @@
-"""`Pool` on Ray: one actor per device."""
+"""`Pool` on Ray: one actor per place that the cluster has, for as long as it has it.
+
+Nodes may join and leave. Once a second the pool looks at the cluster: it starts workers at new places, forgets those of
+nodes that are gone, starts lost ones again, and ends those whose job shows no sign of life.
+"""
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from cluster.devices import DeviceKind, claim
+from cluster import actor
 from cluster.errors import ClusterError
 from cluster.failures import Failure, classify
-from cluster.pool import Completion, Payload, WorkerInfo, attempt, make_worker
+from cluster.placement import Node, Place, name_hosts, places
+from cluster.pool import Change, Completion, Payload, WorkerInfo
 from cluster.session import Session
 
-_START_SECONDS = 180
-_WATCH_SECONDS = 1.0
+_START_SECONDS = 180.0
+_TEND_SECONDS = 1.0
+_LONGEST_PAUSE_SECONDS = 60.0  # between attempts to start a worker that does not start
+_GIVE_UP_SECONDS = 600.0  # without any worker, on a cluster whose nodes may come back
+_MOST_QUESTIONS_PER_SECOND = 20  # to workers, about what they are doing
 
 
-class _Actor:
-    """Lives in the worker process; `activity` answers while `run` is busy."""
+@dataclass
+class _Starting:
+    place: Place
+    handle: Any
+    described: Any
+    since: float
 
-    def __init__(self, factory: str, kind: DeviceKind, threads: int) -> None:
-        self._line = ""
-        self._device = claim(kind)
-        self._worker = make_worker(factory, self._device, threads, self._report)
 
-    def _report(self, line: str) -> None:
-        self._line = line
+@dataclass
+class _Worker:
+    place: Place
+    handle: Any
+    info: WorkerInfo
+    vigil: Any  # a reference that fails when the process ends
+    job: Any = None  # a reference to the result of the job that it has
+    question: Any = None
+    line: str = ""
+    heard: float = 0.0  # when its job was last known to get on
 
-    def describe(self) -> tuple[str, int, str]:
-        import ray
 
-        return self._device.name, os.getpid(), ray.util.get_node_ip_address()
+@dataclass
+class _Pause:
+    """How long to wait before a worker is started again that did not start."""
 
-    def run(self, payload: Payload) -> tuple[Any, Failure | None, float]:
-        started = time.perf_counter()
-        result, failure = attempt(self._worker, payload)
-        self._line = ""
-        return result, failure, time.perf_counter() - started
-
-    def activity(self) -> str:
-        return self._line
+    until: float
+    seconds: float
 
 
 class RayPool:
-    """Actors that each own one device; a lost one is replaced while the cluster can."""
+    """Actors that each own one device, or share it as `Session.per_device` says."""
 
-    def __init__(self, session: Session, factory: str, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        session: Session,
+        factory: str,
+        environment: Mapping[str, str] | None = None,
+        *,
+        stuck_seconds: float = 3600.0,
+    ) -> None:
         """Start the workers and wait until each has made sure of its device.
 
         Args:
             factory: "module:attribute" of the worker class.
             environment: variables for the worker processes.
+            stuck_seconds: a worker whose job shows no progress for so long is ended.
         Raises:
-            ClusterError: a worker did not start or did not get its device.
+            ClusterError: a worker did not get its device, or none has started in time.
         """
         self._session = session
-        self._factory = factory
-        self._environment = dict(environment or {})
-        self._actors: dict[str, Any] = {}
-        self._infos: dict[str, WorkerInfo] = {}
-        self._running: dict[Any, str] = {}
-        self._lines: dict[str, str] = {}
-        self._watches: dict[Any, str] = {}
-        self._watched_at = 0.0
-        slots = [f"{session.kind.name}-{index}" for index in range(session.count)]
-        handles = {slot: self._start(slot) for slot in slots}  # all at once: each takes seconds
-        for slot, handle in handles.items():
-            self._adopt(slot, handle)
+        self._stuck_seconds = stuck_seconds
+        self._recipe = actor.Recipe(
+            factory=factory,
+            kind=session.kind,
+            threads=session.threads,
+            per_device=session.per_device,
+            environment=dict(environment or {}),
+        )
+        self._hosts: dict[str, str] = {}
+        self._starting: dict[str, _Starting] = {}
+        self._workers: dict[str, _Worker] = {}
+        self._pauses: dict[str, _Pause] = {}
+        self._changes: list[Change] = []
+        self._lost: list[Completion] = []
+        self._tended_at = self._alive_at = time.monotonic()
+        self._asked_at = 0.0
+        self._place()
+        self._first_start()
 
     @property
     def workers(self) -> Mapping[str, WorkerInfo]:
         """Live workers by name."""
-        return self._infos
+        return {name: worker.info for name, worker in self._workers.items()}
 
-    def _start(self, slot: str) -> Any:
+    def _first_start(self) -> None:
         import ray
 
-        kind, threads = self._session.kind, self._session.threads
-        options: dict[str, Any] = {"num_cpus": threads, "max_restarts": 0, "max_task_retries": 0}
-        if kind.resource == "NPU":
-            options["resources"] = {"NPU": 1}
-        elif kind.resource == "GPU":
-            options["num_gpus"] = 1
-        if self._environment:
-            options["runtime_env"] = {"env_vars": self._environment}
-        # The watch group has a thread of its own, so that `activity` answers while `run` is busy.
-        actor = ray.remote(concurrency_groups={"watch": 1}, **options)(_Actor)
-        return actor.remote(self._factory, kind, threads)
-
-    def _adopt(self, slot: str, handle: Any) -> None:
-        import ray
-
-        try:
-            device, process_id, host = ray.get(handle.describe.remote(), timeout=_START_SECONDS)
-        except ray.exceptions.GetTimeoutError as error:
+        deadline = time.monotonic() + _START_SECONDS
+        while self._starting and time.monotonic() < deadline:
+            ray.wait([starting.described for starting in self._starting.values()], timeout=1.0)
+            for name, error in self._adopt_started():
+                raise ClusterError(f"worker {name} did not start: {_last_line(error)}")
+        if not self._workers:
             raise ClusterError(
-                f"worker {slot} did not start within {_START_SECONDS} s: its device or cores are taken by another job"
-            ) from error
-        except ray.exceptions.RayError as error:
-            cause = getattr(error, "cause", None) or error
-            raise ClusterError(f"worker {slot} did not start: {str(cause).strip().splitlines()[-1]}") from error
-        name = f"{slot}@{host}"
-        self._actors[name] = handle
-        self._infos[name] = WorkerInfo(name=name, device=device, process_id=process_id)
+                f"worker {min(self._starting)} did not start within {_START_SECONDS:.0f} s, nor did any other: devices "
+                "or cores are taken by another job; wait for it, or ask for a smaller workers.count"
+            )
 
     def submit(self, worker: str, payload: Payload) -> None:
         """Give an idle worker a job."""
-        handle = self._actors[worker]
+        mine = self._workers[worker]
         name = str(payload.get("label", "job"))
-        self._running[handle.run.options(name=name).remote(payload)] = worker
+        mine.job = mine.handle.run.options(name=name).remote(payload)
+        mine.line, mine.heard = "", time.monotonic()
 
     def wait(self, seconds: float) -> list[Completion]:
-        """Completions so far, waiting up to `seconds` for the first."""
+        """Completions so far, waiting up to `seconds` for the first.
+
+        Raises:
+            ClusterError: no worker is left, and none can be expected.
+        """
         import ray
 
-        if not self._running:
-            time.sleep(seconds)
-            return []
-        ready, _ = ray.wait(list(self._running), num_returns=1, timeout=seconds)
-        if ready:  # whatever else has ended meanwhile
-            more, _ = ray.wait(list(self._running), num_returns=len(self._running), timeout=0)
-            ready = list({*ready, *more})
-        return [self._complete(reference) for reference in ready]
+        running = {worker.job: name for name, worker in self._workers.items() if worker.job is not None}
+        if not running:
+            starting = [starting.described for starting in self._starting.values()]
+            if starting:
+                ray.wait(starting, timeout=seconds)
+            elif not self._lost:
+                time.sleep(seconds)
+            ready = []
+        else:
+            ready, _ = ray.wait(list(running), num_returns=1, timeout=0 if self._lost else seconds)
+            if ready:  # whatever else has ended meanwhile
+                ready, _ = ray.wait(list(running), num_returns=len(running), timeout=0)
+        for reference in ready:
+            self._complete(running[reference])
+        self._tend()
+        done, self._lost = self._lost, []
+        return done
 
-    def _complete(self, reference: Any) -> Completion:
+    def changes(self) -> list[Change]:
+        """Workers that joined or left since this was asked last."""
+        changes, self._changes = self._changes, []
+        return changes
+
+    def _complete(self, name: str) -> None:
+        """Collect the job of a worker, whatever became of it."""
         import ray
 
-        worker = self._running.pop(reference)
-        self._lines.pop(worker, None)
+        worker = self._workers[name]
         try:
-            result, failure, seconds = ray.get(reference)
+            result, failure, seconds = ray.get(worker.job)
+        except ray.exceptions.RayTaskError as error:  # the job cannot even be read, or its result not be sent
+            self._lost.append(Completion(worker=name, failure=classify(error)))
         except ray.exceptions.RayError as error:
-            failure = classify(error)
-            if failure.kind != "worker_lost":
-                return Completion(worker=worker, failure=failure)
-            message = f"worker {worker} (process {self._infos[worker].process_id}) was lost"
-            self._replace(worker)
-            return Completion(worker=worker, failure=Failure(kind="worker_lost", message=message, detail=str(error)))
-        return Completion(worker=worker, result=result, failure=failure, seconds=seconds)
+            self._lose(name, classify(error))
+            return
+        else:
+            self._lost.append(Completion(worker=name, result=result, failure=failure, seconds=seconds))
+        worker.job, worker.line = None, ""
 
-    def _replace(self, worker: str) -> None:
-        slot = worker.partition("@")[0]
-        del self._actors[worker], self._infos[worker]
-        self._adopt(slot, self._start(slot))
+    def _lose(self, name: str, failure: Failure) -> None:
+        """Forget a worker; its job, if it has one, failed with it."""
+        worker = self._workers.pop(name)
+        where = f"worker {name} (process {worker.info.process_id})"
+        messages = {
+            "worker_lost": f"{where} was lost",
+            "node_lost": f"{where} was lost with its node",
+            "out_of_memory": f"{where} was ended because its node ran out of memory",
+        }
+        failure = Failure(
+            kind=failure.kind,
+            message=messages.get(failure.kind, failure.message),
+            detail=failure.detail or failure.message,
+        )
+        # A process that is out of reach may still hold its device.
+        actor.end(worker.handle, worker.place.node_id, worker.info.process_id)
+        if worker.job is not None:
+            self._lost.append(Completion(worker=name, failure=failure, seconds=time.monotonic() - worker.heard))
+        self._changes.append(Change(worker=worker.info, reason=failure))
+
+    def _tend(self) -> None:
+        """Once a second: who has started, who is gone, who hangs, what is missing."""
+        now = time.monotonic()
+        if now - self._tended_at < _TEND_SECONDS:
+            return
+        self._tended_at = now
+        for name, error in self._adopt_started():
+            pause = self._pauses.get(name)
+            seconds = min(2 * pause.seconds if pause else 1.0, _LONGEST_PAUSE_SECONDS)
+            self._pauses[name] = _Pause(until=now + seconds, seconds=seconds)
+            del error  # its node may be leaving; whoever has no worker at all is told below
+        self._find_lost()
+        self._ask(now)
+        self._find_stuck(now)
+        self._place()
+        if not self._lost:
+            self._check_alive(now)
+
+    def _adopt_started(self) -> list[tuple[str, Exception]]:
+        """Take in workers that have started; those that failed to, with why."""
+        import ray
+
+        failed: list[tuple[str, Exception]] = []
+        by_reference = {starting.described: name for name, starting in self._starting.items()}
+        if not by_reference:
+            return failed
+        ready, _ = ray.wait(list(by_reference), num_returns=len(by_reference), timeout=0)
+        for reference in ready:
+            name = by_reference[reference]
+            starting = self._starting.pop(name)
+            try:
+                device, process_id = ray.get(reference)
+            except ray.exceptions.RayError as error:
+                failed.append((name, error))
+                continue
+            info = WorkerInfo(name=name, device=device, process_id=process_id, node=starting.place.node_id)
+            vigil = actor.watch(starting.handle.vigil)
+            self._workers[name] = _Worker(place=starting.place, handle=starting.handle, info=info, vigil=vigil)
+            self._pauses.pop(name, None)
+            self._changes.append(Change(worker=info))
+        return failed
+
+    def _find_lost(self) -> None:
+        import ray
+
+        vigils = {worker.vigil: name for name, worker in self._workers.items()}
+        if not vigils:
+            return
+        ended, _ = ray.wait(list(vigils), num_returns=len(vigils), timeout=0)
+        for vigil in ended:
+            name = vigils[vigil]
+            worker = self._workers[name]
+            if worker.job is not None and ray.wait([worker.job], timeout=0)[0]:
+                self._complete(name)  # it may have ended just in time
+            if name not in self._workers:
+                continue
+            try:
+                ray.get(vigil)
+            except ray.exceptions.RayError as error:
+                self._lose(name, classify(error))
+
+    def _find_stuck(self, now: float) -> None:
+        for name in [name for name, worker in self._workers.items() if worker.job is not None]:
+            silent = now - self._workers[name].heard
+            if silent > self._stuck_seconds:
+                told = f"no progress for {silent:.0f} s (workers.stuck_minutes), worker {name} was ended"
+                self._lose(name, Failure(kind="stuck", message=told))
+
+    def _place(self) -> None:
+        """Start what the cluster has room for and is not there; what is on nodes that are gone is not waited for."""
+        import ray
+
+        nodes = [
+            Node(id=node["NodeID"], address=node["NodeManagerAddress"], resources=node["Resources"])
+            for node in ray.nodes()
+            if node["Alive"]
+        ]
+        self._hosts = name_hosts(nodes, self._hosts)
+        session = self._session
+        wanted = places(
+            nodes,
+            self._hosts,
+            session.kind,
+            threads=session.threads,
+            per_device=session.per_device,
+            limit=session.limit,
+        )
+        alive = {node.id for node in nodes}
+        for name in [name for name, one in self._starting.items() if one.place.node_id not in alive]:
+            del self._starting[name]
+        now = time.monotonic()
+        for place in wanted:
+            pause = self._pauses.get(place.name)
+            if place.name in self._workers or place.name in self._starting or (pause and now < pause.until):
+                continue
+            if session.limit is not None and len(self._workers) + len(self._starting) >= session.limit:
+                break
+            try:
+                handle = actor.start(self._recipe, place)
+            except ValueError:  # the name belongs to one that is ending; the next round finds it free
+                continue
+            self._starting[place.name] = _Starting(place, handle, handle.describe.remote(), now)
+
+    def _check_alive(self, now: float) -> None:
+        if self._workers or self._starting:
+            self._alive_at = now
+            return
+        is_hopeless = self._session.is_local and not self._hosts  # a local Ray that lost its node has no other
+        if is_hopeless or now - self._alive_at > _GIVE_UP_SECONDS:
+            where = "this machine's Ray" if self._session.is_local else "the cluster"
+            raise ClusterError(
+                f"no worker is left and none has come back: {where} has lost them all (its logs say why); what is done "
+                "is kept, so mend it and run the same command again"
+            )
 
     def activity(self) -> Mapping[str, str]:
-        """Worker -> the last line it reported; asked for about once a second, never waited for."""
+        """Worker -> the last line it reported."""
+        return {name: worker.line for name, worker in self._workers.items() if worker.line}
+
+    def _ask(self, now: float) -> None:
+        """Ask now and then what the workers are doing, and never wait for an answer."""
         import ray
 
-        if self._watches:
-            ready, _ = ray.wait(list(self._watches), num_returns=len(self._watches), timeout=0)
+        asked = {worker.question: worker for worker in self._workers.values() if worker.question is not None}
+        if asked:
+            ready, _ = ray.wait(list(asked), num_returns=len(asked), timeout=0)
             for reference in ready:
-                worker = self._watches.pop(reference)
+                worker = asked[reference]
+                worker.question = None
                 try:
-                    self._lines[worker] = ray.get(reference)
+                    line, silent = ray.get(reference)
                 except ray.exceptions.RayError:
-                    self._lines.pop(worker, None)  # the loss itself arrives as the job's completion
-        if time.monotonic() - self._watched_at > _WATCH_SECONDS:
-            self._watched_at = time.monotonic()
-            asked = set(self._watches.values())
-            for worker in set(self._running.values()) - asked:
-                reference = self._actors[worker].activity.options(concurrency_group="watch").remote()
-                self._watches[reference] = worker
-        return self._lines
+                    continue  # the loss itself arrives by its job or its vigil
+                if worker.job is not None:
+                    worker.line, worker.heard = line, max(worker.heard, now - silent)
+        if now - self._asked_at > len(self._workers) / _MOST_QUESTIONS_PER_SECOND:
+            self._asked_at = now
+            for worker in self._workers.values():
+                if worker.job is not None and worker.question is None:
+                    worker.question = actor.watch(worker.handle.activity)
 
     def close(self) -> None:
         """Kill the actors; Ray itself ends with the session."""
         import ray
 
-        for handle in self._actors.values():
+        handles = [worker.handle for worker in self._workers.values()]
+        for handle in (*handles, *(starting.handle for starting in self._starting.values())):
             ray.kill(handle, no_restart=True)
-        self._actors.clear()
-        self._infos.clear()
-        self._running.clear()
+        self._workers.clear()
+        self._starting.clear()
+
+
+def _last_line(error: Exception) -> str:
+    return str(getattr(error, "cause", None) or error).strip().splitlines()[-1]

@@ -20,24 +20,34 @@ class Session:
 
     Args:
         kind: the device kind that workers get; `auto` has been settled.
-        count: how many workers.
+        count: how many workers there is room for now.
+        limit: the most workers; None is all that there is room for, also later.
+        threads: CPU cores of each.
+        per_device: workers that share a device.
         dashboard: its address, or None.
+        is_local: this process started Ray, and no node will join it.
     """
 
     kind: DeviceKind
     count: int
+    limit: int | None
     threads: int
+    per_device: int
     dashboard: str | None
+    is_local: bool
 
 
 @contextmanager
-def ray_session(*, device: str, count: int | str, threads: int, address: str | None = None) -> Iterator[Session]:
+def ray_session(
+    *, device: str, count: int | str, threads: int, per_device: int = 1, address: str | None = None
+) -> Iterator[Session]:
     """Connect, and disconnect on leaving. A local Ray listens on localhost only and ends with this process.
 
     Args:
         device: a key of `devices.KINDS`, or "auto": NPUs if the cluster has any, else GPUs, else CPU cores.
         count: workers, or "auto": one per device.
         threads: CPU cores (and torch threads) of each worker.
+        per_device: workers that share a device; 1 on CPUs.
         address: of a running cluster; None starts a local one.
     Raises:
         ClusterError: nobody answers at `address`, or the cluster lacks the devices.
@@ -46,16 +56,24 @@ def ray_session(*, device: str, count: int | str, threads: int, address: str | N
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
 
-    dashboard = _connect(device, count, threads, address)
+    dashboard = _connect(device, count, threads, per_device, address)
     try:
         resources = ray.cluster_resources()
         kind = _settle(device, resources)
-        yield Session(kind=kind, count=_count(kind, count, threads, resources), threads=threads, dashboard=dashboard)
+        yield Session(
+            kind=kind,
+            count=_count(kind, count, threads, per_device, resources),
+            limit=None if count == "auto" else int(count),
+            threads=threads,
+            per_device=per_device,
+            dashboard=dashboard,
+            is_local=address is None,
+        )
     finally:
         ray.shutdown()
 
 
-def _connect(device: str, count: int | str, threads: int, address: str | None) -> str | None:
+def _connect(device: str, count: int | str, threads: int, per_device: int, address: str | None) -> str | None:
     import ray
 
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
@@ -71,7 +89,7 @@ def _connect(device: str, count: int | str, threads: int, address: str | None) -
     wanted = int(count) * threads if isinstance(count, int) and not KINDS.get(device, KINDS["npu"]).simulated else 0
     resources = {}
     if device == "simulated-npu":
-        resources["NPU"] = count if isinstance(count, int) else cores
+        resources["NPU"] = -(-count // per_device) if isinstance(count, int) else cores
     if device == "cpu" and wanted > cores:
         raise ClusterError(
             f"{count} CPU workers of {threads} threads need {wanted} cores and this machine has {cores}; "
@@ -79,7 +97,7 @@ def _connect(device: str, count: int | str, threads: int, address: str | None) -
         )
     context = ray.init(
         address="local",  # without it Ray would join whatever cluster it finds on this machine, or a stale trace of one
-        num_cpus=max(cores, int(resources.get("NPU", 0)) * threads),
+        num_cpus=max(cores, int(resources.get("NPU", 0)) * per_device * threads),  # as many as simulated workers need
         resources=resources or None,
         include_dashboard=True,
         dashboard_host="127.0.0.1",
@@ -127,9 +145,13 @@ def _settle(device: str, resources: dict[str, float]) -> DeviceKind:
     return kind
 
 
-def _count(kind: DeviceKind, count: int | str, threads: int, resources: dict[str, float]) -> int:
-    per_worker = threads if kind.resource == "CPU" else 1
-    available = int(resources.get(kind.resource, 0)) // per_worker
+def _count(kind: DeviceKind, count: int | str, threads: int, per_device: int, resources: dict[str, float]) -> int:
+    if kind.resource == "CPU" and per_device > 1:
+        raise ClusterError(
+            f"workers.per_device = {per_device} shares accelerators, and these workers are CPU cores; use 1"
+        )
+    units = int(resources.get(kind.resource, 0))
+    available = units // threads if kind.resource == "CPU" else units * per_device
     if count == "auto":
         if available < 1:
             raise ClusterError(f"{threads} threads per worker do not fit the cluster's {int(resources['CPU'])} cores")

@@ -1,4 +1,4 @@
-"""The one exception of this package, and the wording of "unknown name"."""
+"""The exceptions of this package, and the wording of "unknown name"."""
 
 from __future__ import annotations
 
@@ -11,6 +11,10 @@ if TYPE_CHECKING:
 
 class EvaluationError(ValueError):
     """Something the caller asked for cannot be measured; the message is one sentence that says how to mend it."""
+
+
+class DataError(EvaluationError):
+    """Data that should be there is not: another machine may have it."""
 
 
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> EvaluationError:

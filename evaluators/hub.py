@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evaluators.errors import EvaluationError
+from evaluators.errors import DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -75,7 +75,7 @@ class HubSplit:
             if (file := self._kept_file()) is not None:
                 return datasets.load_dataset(_form(file), data_files={self.split: file}, split=self.split)
             lines = str(error).strip().splitlines() or [""]
-            raise EvaluationError(
+            raise DataError(
                 f"data set {self.label} is neither in the local cache nor to be had from the Hub "
                 f"({type(error).__name__}: {lines[0]}): {self.remedy}"
             ) from error
@@ -101,7 +101,7 @@ class HubSplit:
         """Offline, `datasets` takes whatever revision its cache has."""
         found = revision_of(table)
         if found and self.revision and COMMIT.fullmatch(self.revision) and found != self.revision:
-            raise EvaluationError(
+            raise DataError(
                 f"data set {self.label} is in the local cache at revision {found}, but the recipe is of "
                 f"{self.revision}: {self.remedy}"
             )

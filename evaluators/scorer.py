@@ -21,7 +21,7 @@ from lm_eval.api.model import TemplateLM
 
 from evaluators.decoding import Decoding, decoding_of
 from evaluators.errors import EvaluationError
-from evaluators.generation import Generated, Generator
+from evaluators.generation import NUM_SLOTS, Generated, Generator
 from evaluators.head import log_probabilities_at, split
 from evaluators.pack_size import PACK_TOKENS, pack_tokens_for
 from evaluators.padded_rows import RowRunner, row_packs_of, rows_of
@@ -101,6 +101,7 @@ class Scorer(TemplateLM):  # type: ignore[misc]  # lm_eval is untyped
         tokenizer: Any,
         *,
         pack_tokens: int | None = None,
+        memory_share: float = 1.0,
         seed: int = 0,
         chat: Chat | None = None,
         progress: Callable[[int, int], None] | None = None,
@@ -111,6 +112,7 @@ class Scorer(TemplateLM):  # type: ignore[misc]  # lm_eval is untyped
             model: a transformers causal language model.
             tokenizer: its tokenizer.
             pack_tokens: most tokens of one forward pass; a longer segment runs alone. None is what suits the device.
+            memory_share: how much of that to take at a time, where all of it did not fit; texts side by side too.
             seed: of what is drawn when texts are generated.
             chat: renders conversations, where prompts are conversations.
             progress: called with requests done and their number.
@@ -128,9 +130,11 @@ class Scorer(TemplateLM):  # type: ignore[misc]  # lm_eval is untyped
         self.scoring = "token trees" if against is None else f"padded rows ({against})"
         if pack_tokens is None:
             pack_tokens = pack_tokens_for(self._model) if self._trusts_trees else PACK_TOKENS
+            pack_tokens = max(1, int(pack_tokens * memory_share))
         if pack_tokens != PACK_TOKENS:
             self.scoring += f", packs of {pack_tokens} tokens"
         self._pack_tokens = pack_tokens
+        self._num_slots = max(1, int(NUM_SLOTS * memory_share))
         self.work = Work()
         self.generated: dict[tuple[str | None, int | None], list[Generated]] = defaultdict(list)
         self._seed = seed
@@ -198,7 +202,7 @@ class Scorer(TemplateLM):  # type: ignore[misc]  # lm_eval is untyped
         """
         del disable_tqdm
         texts: dict[int, Generated] = {}
-        generator = Generator(self._model, self.tokenizer, self._end_tokens)
+        generator = Generator(self._model, self.tokenizer, self._end_tokens, num_slots=self._num_slots)
         for unit in self._units(requests):
             groups: dict[str, list[int]] = defaultdict(list)
             for index in unit.indices:

@@ -5,6 +5,7 @@ An artifact is written beside its place and renamed when it is whole, so a direc
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.errors import BitatlasError
+from orchestrator.errors import BitatlasError, DamagedFileError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,7 +65,7 @@ class Artifact:
         """The decoder blocks, one in memory at a time.
 
         Raises:
-            BitatlasError: a file is not what was written.
+            DamagedFileError: a file is not what was written.
         """
         from safetensors.torch import load_file
 
@@ -73,7 +74,7 @@ class Artifact:
         for file, digest in self.manifest["files"].items():
             path = self.directory / file
             if not path.exists() or _sha256(path) != digest:
-                raise BitatlasError(
+                raise DamagedFileError(
                     f"artifact {path} is missing or was changed after it was written; delete {self.directory} "
                     "and run the same command again"
                 )
@@ -176,7 +177,8 @@ def find_artifact(directory: Path) -> Artifact | None:
     """The finished artifact of this name, or None.
 
     Raises:
-        BitatlasError: the manifest is not readable.
+        DamagedFileError: the manifest is not readable.
+        BitatlasError: another version of Bitatlas wrote it.
     """
     try:
         manifest = json.loads((directory / _MANIFEST).read_text(encoding="utf-8"))
@@ -185,7 +187,7 @@ def find_artifact(directory: Path) -> Artifact | None:
     except FileNotFoundError:
         return None
     except ValueError as error:  # also bad JSON and bad UTF-8
-        raise BitatlasError(
+        raise DamagedFileError(
             f"{directory / _MANIFEST} is not readable ({error}); delete {directory} and run again"
         ) from error
     if manifest.get("format") != _FORMAT:
@@ -194,6 +196,14 @@ def find_artifact(directory: Path) -> Artifact | None:
             "again"
         )
     return Artifact(directory=directory, manifest=manifest)
+
+
+def set_aside(directory: Path) -> None:
+    """Move a damaged artifact out of the way, for a person to look at; does nothing where another worker was first."""
+    aside = directory.parent.parent / "set_aside" / directory.parent.name
+    aside.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileNotFoundError):
+        directory.rename(Path(tempfile.mkdtemp(prefix=f"{directory.name}.", dir=aside)) / directory.name)
 
 
 def remove_unfinished(artifacts: Path) -> None:

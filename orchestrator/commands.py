@@ -75,6 +75,7 @@ def run_command(
         device=settings.device,
         count=workers if workers is not None else settings.count,
         threads=settings.threads,
+        per_device=settings.per_device,
         address=address,
     ) as session:
         if session.dashboard:
@@ -82,7 +83,7 @@ def run_command(
                 f"Ray dashboard: {session.dashboard} (if it asks for a token: ray get-auth-token)", highlight=False
             )
         with console.status(f"starting {session.count} {session.kind.name} workers ..."):
-            pool = RayPool(session, FACTORY, variables)
+            pool = RayPool(session, FACTORY, variables, stuck_seconds=60 * settings.stuck_minutes)
         try:
             with Store(layout) as store:
                 driver = Driver(

@@ -195,6 +195,8 @@ class WorkersConfig(_Strict):
     device: Literal["auto", "cpu", "cuda", "npu", "simulated-npu"] = "auto"
     count: int | Literal["auto"] = "auto"
     threads: int = Field(default=1, ge=1)
+    per_device: int = Field(default=1, ge=1, le=16)  # workers that share an accelerator, each with its share of memory
+    stuck_minutes: float = Field(default=60.0, gt=0)  # without progress, after which a worker is ended
 
     @field_validator("count")
     @classmethod

@@ -5,6 +5,10 @@ class BitatlasError(Exception):
     """A user-facing error: one sentence that says what, where, the rule and the remedy."""
 
 
+class DamagedFileError(BitatlasError):
+    """A file that Bitatlas wrote is gone or not as it was written: what it held is to be made again."""
+
+
 def reason(error: Exception) -> str:
     """Another library's error as one line, with its type where that is no ValueError or OSError."""
     lines = str(error).strip().splitlines() or [""]

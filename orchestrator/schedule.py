@@ -2,18 +2,18 @@
 
 Ready jobs wait in one heap per cell, cells in one heap per model; what becomes out of date in a model's heap is dropped
 when it comes up. Handing out a job takes a logarithm of the number of jobs, and a step per cell that a worker holds.
+Jobs that failed and are tried again stand apart, before all others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from heapq import heappop, heappush
-from itertools import count
 
 from orchestrator.plan import Job
 
-# What starts first: a job that failed and is tried again, what every comparison needs, everything else.
-_RETRIED, _UNQUANTIZED, _OTHER = range(3)
+# What starts first: what every comparison needs, then everything else.
+_UNQUANTIZED, _OTHER = range(2)
 # Of ready jobs the least is the best: class, the longest chain that hangs on it (negative), order, job id.
 _Rank = tuple[int, float, int, str]
 
@@ -48,7 +48,7 @@ class Schedule:
         self._ready: dict[str, list[_Rank]] = {}  # key of a cell -> heap
         self._cells: dict[str, list[tuple[_Rank, str]]] = {}  # model -> heap of its cells' best
         self._models: dict[str, str] = {}  # key of a cell -> its model
-        self._retried = count(-len(self._waiting) - 1, -1)  # before every other; the latest first
+        self._again: dict[str, frozenset[str]] = {}  # ready once more -> workers that should not have it
         chains = {} if seconds is None else self._chains(seconds)
         self._ranks: dict[str, _Rank] = {}
         for order, job in enumerate(self._waiting.values()):
@@ -75,22 +75,39 @@ class Schedule:
         """Whether nothing is left to do."""
         return not self.unfinished
 
-    def next_for(self, worker: str) -> Job | None:
+    def next_for(self, worker: str, others: Collection[str] = ()) -> Job | None:
         """Start the best job for an idle worker; None if none is ready.
 
-        In order of preference: an evaluation of the cell whose weights the worker holds; a job of a cell that no
-        other worker holds, of the worker's own model before another; any ready job.
+        In order of preference: a job that failed before; an evaluation of the cell whose weights the worker holds; a
+        job of a cell that no other worker holds, of the worker's own model before another; any ready job.
+
+        Args:
+            worker: the idle one.
+            others: workers that are alive, to whom a job is left that should not come back to this one.
         """
-        own = self._cell_of.get(worker)
-        rank = self._own_evaluation(own) or self._unheld(worker) or self._held()
-        if rank is None:
-            return None
-        job = self._waiting.pop(rank[3])
-        self._take(job)
+        name = self._once_more(worker, others)
+        if name is not None:
+            del self._again[name]
+            job = self._waiting.pop(name)
+        else:
+            own = self._cell_of.get(worker)
+            rank = self._own_evaluation(own) or self._unheld(worker) or self._held()
+            if rank is None:
+                return None
+            job = self._waiting.pop(rank[3])
+            self._take(job)
         self.running[worker] = job
         self.attempts[job.id] = self.attempts.get(job.id, 0) + 1
         self._hold(worker, job)
         return job
+
+    def _once_more(self, worker: str, others: Collection[str]) -> str | None:
+        """The first failed job that may come to this worker: not one that should avoid it while another could take
+        it."""
+        for name, avoid in self._again.items():
+            if worker not in avoid or avoid.issuperset(others):
+                return name
+        return None
 
     def _own_evaluation(self, cell: str | None) -> _Rank | None:
         best = self._best(cell) if cell is not None else None
@@ -160,21 +177,41 @@ class Schedule:
             self._add(dependent)
         return job
 
-    def fail(self, worker: str, *, retry: bool) -> Job:
-        """The worker's job failed; without `retry` it is given up, and so is what needs it."""
+    def fail(self, worker: str, *, retry: bool, avoid: frozenset[str] = frozenset()) -> Job:
+        """The worker's job failed; without `retry` it is given up, and so is what needs it.
+
+        Args:
+            worker: whose job.
+            retry: whether to try it again.
+            avoid: workers that should not have it then, if there are others.
+        """
         job = self.running.pop(worker)
         if retry:
             self._waiting[job.id] = job
-            self._ranks[job.id] = (_RETRIED, 0.0, next(self._retried), job.id)
-            self._add(job)
+            if job.needs is None or job.needs in self.finished:
+                self._again[job.id] = avoid
             return job
         self.failed.add(job.id)
         self.ended.append(job.id)
-        for dependent in self._waiting_dependents(job):
+        for dependent in list(self._waiting_dependents(job)):
+            self._again.pop(dependent.id, None)
             del self._waiting[dependent.id]
             self.skipped.add(dependent.id)
             self.ended.append(dependent.id)
         return job
+
+    def redo(self, job: Job) -> bool:
+        """What a finished job made is gone: it is to be done again before the rest of what needs it; False where it
+        is waiting or running again already."""
+        if job.id not in self.finished:
+            return False
+        self.finished.discard(job.id)
+        self._ready.pop(job.cell.key, None)  # only what needs it is left of its cell
+        for dependent in self._waiting_dependents(job):
+            self._again.pop(dependent.id, None)
+        self._waiting[job.id] = job
+        self._again[job.id] = frozenset()
+        return True
 
     def _waiting_dependents(self, job: Job) -> Iterator[Job]:
         return (other for other in self._dependents.get(job.id, ()) if other.id in self._waiting)

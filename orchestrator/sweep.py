@@ -13,8 +13,8 @@ from typing import Any
 
 import yaml
 
-from cluster.failures import Failure
-from cluster.pool import Completion, Pool, WorkerInfo
+from cluster.failures import Attempts, Failure
+from cluster.pool import Change, Completion, Pool, WorkerInfo
 from orchestrator.artifacts import remove_unfinished
 from orchestrator.config import Sweep, resolved
 from orchestrator.cost import observe
@@ -118,6 +118,9 @@ class Driver:
         """
         self._sweep, self._plan, self._inputs, self._layout = sweep, plan, inputs, layout
         self._store, self._pool, self._kept = store, pool, kept
+        self._known = dict(pool.workers)  # also those that have left
+        self._jobs = {job.id: job for job in plan.jobs}
+        self._attempts: dict[str, Attempts] = {}  # of jobs that failed in this run
         self._started: dict[str, datetime] = {}
         self._failures: list[str] = []
         self._warnings: list[str] = []
@@ -164,9 +167,11 @@ class Driver:
                     view.warn(self._warnings.pop(0))
             self._commit()
             self._keep_observations(view)
-        except BaseException:
+        except BaseException as error:
             with suppress(BitatlasError):  # what is wrong is told already
                 self._commit()
+                broken = self._event("session_ended", status="broken", error=str(error) or type(error).__name__)
+                self._store.commit({"events": [broken]})
             raise
         finally:
             view.end(schedule)
@@ -244,25 +249,31 @@ class Driver:
             self._store.forget((job.id for whole in merged for job in self._slices[whole]), [SLICES])
 
     def _hand_out(self, schedule: Schedule) -> None:
-        for worker in sorted(set(self._pool.workers) - set(schedule.running)):
-            job = schedule.next_for(worker)
+        workers = self._pool.workers
+        for worker in sorted(set(workers) - set(schedule.running)):
+            job = schedule.next_for(worker, workers)
             if job is None:
                 continue
             self._started[job.id] = datetime.now(UTC)
             self._remaining.start(job, time.monotonic())
-            self._pool.submit(worker, payload_of(job, self._inputs, self._layout))
+            attempts = self._attempts.get(job.id)
+            share = attempts.memory_share() if attempts else 1.0
+            self._pool.submit(worker, payload_of(job, self._inputs, self._layout, memory_share=share))
             self._rows["events"].append(self._job_event("started", job, worker, schedule.attempts[job.id]))
 
     def _collect(self, schedule: Schedule) -> None:
         stopping: Failure | None = None
         rows = self._rows
-        for completion in self._pool.wait(_POLL_SECONDS):
+        completions = self._pool.wait(_POLL_SECONDS)
+        for change in self._pool.changes():
+            self._note(change, schedule, rows)
+        for completion in completions:
             self._rows_work += completion.seconds
             if completion.failure is None:
                 self._finish(schedule, completion, rows)
             else:
                 self._fail(schedule, completion, completion.failure, rows)
-                stopping = completion.failure if completion.failure.stops_sweep else stopping
+                stopping = completion.failure if completion.failure.policy.stops_sweep else stopping
         for whole in dict.fromkeys(row["whole_id"] for row in rows["slices"]):
             if self._merge(whole, schedule, rows):
                 self._merged.append(whole)
@@ -275,7 +286,7 @@ class Driver:
     def _finish(self, schedule: Schedule, completion: Completion, rows: dict[str, list[dict[str, Any]]]) -> None:
         job = schedule.finish(completion.worker)
         self._finished += 1
-        worker, times = self._pool.workers[completion.worker], (self._started[job.id], datetime.now(UTC))
+        worker, times = self._known[completion.worker], (self._started[job.id], datetime.now(UTC))
         event, status = "reused" if completion.result.get("reused") else "finished", "ok"
         if event == "finished":
             self._remaining.finish(job, completion.seconds)
@@ -360,18 +371,47 @@ class Driver:
         self, schedule: Schedule, completion: Completion, failure: Failure, rows: dict[str, list[dict[str, Any]]]
     ) -> None:
         job = schedule.running[completion.worker]
-        attempt = schedule.attempts[job.id]
-        retry = failure.retry(attempt)
-        schedule.fail(completion.worker, retry=retry)
-        told = {"error_kind": failure.kind, "error": failure.message, "seconds": completion.seconds}
-        if failure.kind == "worker_lost":
-            schedule.forget_worker(completion.worker)
-            rows["events"].append(self._job_event("worker_lost", job, completion.worker, attempt, **told))
+        attempts = self._attempts.setdefault(job.id, Attempts())
+        attempts.add(failure, completion.worker)
+        attempt, retry = schedule.attempts[job.id], attempts.retry(failure)
+        schedule.fail(completion.worker, retry=retry, avoid=attempts.avoid(failure))
         if retry:
-            rows["events"].append(self._job_event("retried", job, completion.worker, attempt, **told))
+            rows["events"].append(
+                self._job_event(
+                    "retried",
+                    job,
+                    completion.worker,
+                    attempt,
+                    error_kind=failure.kind,
+                    error=failure.message,
+                    seconds=completion.seconds,
+                )
+            )
+            if failure.kind == "damaged" and job.needs is not None and schedule.redo(self._jobs[job.needs]):
+                needed = self._jobs[job.needs]
+                rows["events"].append(
+                    self._job_event("redone", needed, completion.worker, attempt, error=failure.message)
+                )
             return
+        self._give_up(job, completion, attempts.final(failure), attempt, rows)
+
+    def _give_up(
+        self, job: Job, completion: Completion, failure: Failure, attempt: int, rows: dict[str, list[dict[str, Any]]]
+    ) -> None:
+        """The event and the row of a job that is not tried again."""
         self._failures.append(f"{job.label}: {failure.message}")
-        rows["events"].append(self._job_event("failed", job, completion.worker, attempt, status="failed", **told))
+        rows["events"].append(
+            self._job_event(
+                "failed",
+                job,
+                completion.worker,
+                attempt,
+                status="failed",
+                error_kind=failure.kind,
+                error=failure.message,
+                seconds=completion.seconds,
+            )
+        )
         if job.whole.id in self._failed:
             return  # another slice of the task has failed already: one row says it
         self._failed.add(job.whole.id)
@@ -381,11 +421,30 @@ class Driver:
                 self._sweep.name,
                 job.whole,
                 replace(failure, message=where + failure.message),
-                worker=self._pool.workers.get(completion.worker),
+                worker=self._known.get(completion.worker),
                 started_at=self._started[job.id],
                 finished_at=datetime.now(UTC),
             )
         )
+
+    def _note(self, change: Change, schedule: Schedule, rows: dict[str, list[dict[str, Any]]]) -> None:
+        """A worker joined or left."""
+        worker, reason = change.worker, change.reason
+        self._known[worker.name] = worker
+        if reason is None:
+            rows["events"].append(self._event("worker_joined", worker=worker.name, device=worker.device))
+            return
+        schedule.forget_worker(worker.name)
+        told: dict[str, Any] = {
+            "worker": worker.name,
+            "device": worker.device,
+            "error_kind": reason.kind,
+            "error": reason.message,
+        }
+        job = schedule.running.get(worker.name)
+        if job is not None:
+            told |= {"job_id": job.id, "cell_id": job.cell.id, "job": job.label, "attempt": schedule.attempts[job.id]}
+        rows["events"].append(self._event("worker_lost", **told))
 
     def _event(self, event: str, **more: Any) -> dict[str, Any]:
         return {
@@ -396,7 +455,7 @@ class Driver:
         } | more
 
     def _job_event(self, event: str, job: Job, worker: str, attempt: int, **more: Any) -> dict[str, Any]:
-        info = self._pool.workers.get(worker)
+        info = self._known.get(worker)
         return self._event(
             event,
             job_id=job.id,

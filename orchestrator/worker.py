@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.devices import Claim
-from orchestrator.artifacts import Artifact, ArtifactWriter, find_artifact
+from orchestrator.artifacts import Artifact, ArtifactWriter, find_artifact, set_aside
 from orchestrator.config import PerplexityConfig
+from orchestrator.errors import DamagedFileError
 from orchestrator.inputs import Inputs, divergence_facts, evaluation_windows_of
 from orchestrator.layout import Layout
 from orchestrator.measured import (
@@ -53,8 +54,15 @@ _LAYER_FIELDS = (
 )
 
 
-def payload_of(job: Job, inputs: Inputs, layout: Layout) -> dict[str, Any]:
-    """A job with all it needs, as plain data."""
+def payload_of(job: Job, inputs: Inputs, layout: Layout, *, memory_share: float = 1.0) -> dict[str, Any]:
+    """A job with all it needs, as plain data.
+
+    Args:
+        job: what to do.
+        inputs: models, tokens and permissions.
+        layout: where artifacts lie.
+        memory_share: how much to compute at a time, of what suits the device; below 1 where that did not fit.
+    """
     cell, model = job.cell, inputs.models[job.cell.model]
     payload: dict[str, Any] = {
         "kind": job.kind,
@@ -63,6 +71,7 @@ def payload_of(job: Job, inputs: Inputs, layout: Layout) -> dict[str, Any]:
         "scheme": cell.scheme,
         "artifact": str(layout.artifact(cell.key).resolve()) if cell.scheme else None,
         "cell": cell.id,
+        "memory_share": memory_share,
     }
     if job.kind == "quantize":
         payload["windows"] = inputs.calibrations[cell.model, cell.calibration.key] if cell.calibration else None
@@ -108,11 +117,27 @@ class Worker:
         from orchestrator.models.float_products import fast_products
 
         torch.set_num_threads(self._threads)  # per thread: the actor may run each job on another one
-        with PeakMemory(self._device.torch_device) as memory, fast_products(self._device.torch_device):
-            started = time.perf_counter()
-            outcome = self._quantize(payload) if payload["kind"] == "quantize" else self._evaluate(payload)
-            outcome["seconds"] = time.perf_counter() - started
+        try:
+            with PeakMemory(self._device.torch_device) as memory, fast_products(self._device.torch_device):
+                started = time.perf_counter()
+                outcome = self._quantize(payload) if payload["kind"] == "quantize" else self._evaluate(payload)
+                outcome["seconds"] = time.perf_counter() - started
+        except (MemoryError, torch.OutOfMemoryError):
+            self._let_go()
+            raise
         return outcome | {"peak_memory_bytes": memory.peak_bytes}
+
+    def _let_go(self) -> None:
+        """After an out-of-memory: keep nothing that the next job, or another worker of this device, could use."""
+        import gc
+
+        import torch
+
+        self._installed = ExitStack()  # the model goes as a whole, so that nothing need be put back
+        self._model = self._digest = self._applied = None
+        gc.collect()
+        if self._device.torch_device != "cpu":
+            torch.get_device_module(self._device.torch_device).empty_cache()
 
     def _load(self, model: Mapping[str, str]) -> PreTrainedModel:
         from orchestrator.models.loading import load_model, load_tokenizer, verified_directory
@@ -135,7 +160,11 @@ class Worker:
 
     def _quantize(self, payload: Mapping[str, Any]) -> dict[str, Any]:
         directory = Path(payload["artifact"])
-        artifact = find_artifact(directory)
+        try:
+            artifact = find_artifact(directory)
+        except DamagedFileError:
+            set_aside(directory)
+            artifact = None
         reused = artifact is not None
         if artifact is None:
             artifact = self._make_artifact(payload, directory)
@@ -217,14 +246,18 @@ class Worker:
     def _install(self, model: PreTrainedModel, directory: Path) -> dict[str, Any]:
         from quantizers.apply import installed
 
-        artifact = find_artifact(directory)
-        if artifact is None:
-            raise FileNotFoundError(f"artifact {directory} is gone")
-        if self._applied != str(directory):
-            self._report("decoding the artifact")
-            self._remove_artifact()
-            self._installed.enter_context(installed(model, artifact.blocks()))
-            self._applied = str(directory)
+        try:
+            artifact = find_artifact(directory)
+            if artifact is None:
+                raise DamagedFileError(f"artifact {directory} is gone")
+            if self._applied != str(directory):
+                self._report("decoding the artifact")
+                self._remove_artifact()
+                self._installed.enter_context(installed(model, artifact.blocks()))
+                self._applied = str(directory)
+        except DamagedFileError:
+            set_aside(directory)
+            raise
         return _cost(artifact)
 
     def _reference(self, payload: Mapping[str, Any]) -> tuple[Callable[[int], TopTokens], PerplexityResult | None]:
@@ -301,6 +334,7 @@ class Worker:
             thinking_tokens=evaluation["thinking_tokens"],
             allow_code_execution=payload["allow_code_execution"],
             part=payload["slice"],
+            memory_share=payload["memory_share"],
             progress=self._progress(f"{evaluation['name']}: request"),
         )
         if payload["slice"] is not None:

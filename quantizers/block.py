@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from quantizers.block_source import BlockSource
-from quantizers.errors import QuantizationError
+from quantizers.errors import NumericalError
 from quantizers.families import Family, blocks_of, linear_at
 
 # Tokens that go through a block at once: large enough for efficient products, small enough for the cache.
@@ -86,7 +86,7 @@ def check_weights_finite(block: nn.Module, stage: Sequence[str], prefix: str) ->
     """
     for name in stage:
         if not torch.isfinite(linear_at(block, name).weight).all():
-            raise QuantizationError(f"{prefix}{name}.weight holds NaN or infinity")
+            raise NumericalError(f"{prefix}{name}.weight holds NaN or infinity")
 
 
 def run_block(block: nn.Module, family: Family, hidden: list[Tensor], arguments: Sequence[Mapping[str, Any]]) -> None:

@@ -3,3 +3,7 @@
 
 class QuantizationError(ValueError):
     """A tensor or a setting that cannot be quantized: names the subject, the value and the rule."""
+
+
+class NumericalError(QuantizationError):
+    """Numbers that a method cannot work with, such as a Hessian that is not positive definite."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from quantizers.block import check_weights_finite, enter, walk_block
 from quantizers.block_source import BlockSource
-from quantizers.errors import QuantizationError
+from quantizers.errors import NumericalError
 from quantizers.families import linear_at
 from quantizers.progress import Progress
 from quantizers.statistics import Hessian, InputStatistics, RangeTracker
@@ -49,7 +49,7 @@ def collect_float_statistics(
                     hessian.update(batch)
             value = ranges.value()
             if not torch.isfinite(value.mean_abs_I).all():
-                raise QuantizationError(f"the calibration inputs of {prefix}{stage[0]} hold NaN or infinity")
+                raise NumericalError(f"the calibration inputs of {prefix}{stage[0]} hold NaN or infinity")
             stages.append(InputStatistics(ranges=value, hessian_II=hessian.value() if hessian else None))
         yield stages
     if progress:

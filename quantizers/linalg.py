@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quantizers.errors import QuantizationError
+from quantizers.errors import NumericalError
 
 # Tried in turn, from the asked damping upwards; the rung that worked is recorded with the layer.
 DAMPING_LADDER = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
@@ -41,10 +41,10 @@ def inverse_cholesky(hessian_II: Tensor, damping: float) -> tuple[Tensor, float]
         U_II: float32 on the device of `hessian_II`.
         damping: the rung that was used, `damping` or a higher one of `DAMPING_LADDER`.
     Raises:
-        QuantizationError: not positive definite even on the last rung, or not finite.
+        NumericalError: not positive definite even on the last rung, or not finite.
     """
     if not torch.isfinite(hessian_II).all():
-        raise QuantizationError("the Hessian is not finite: the calibration activations hold NaN or infinity")
+        raise NumericalError("the Hessian is not finite: the calibration activations hold NaN or infinity")
     mean_diagonal = hessian_II.diagonal().to("cpu", torch.float64).mean()
     for rung in (damping, *(step for step in DAMPING_LADDER if step > damping)):
         # Each float64 matrix is let go as soon as the next is there: at 12,800 inputs one takes 1.3 GB.
@@ -56,7 +56,7 @@ def inverse_cholesky(hessian_II: Tensor, damping: float) -> tuple[Tensor, float]
             inverse = _inverse_of_lower(factor)
             del factor
             return inverse.to(torch.float32).flip(0, 1).contiguous().to(hessian_II.device), rung
-    raise QuantizationError(
+    raise NumericalError(
         f"the Hessian is not positive definite even with damping {DAMPING_LADDER[-1]}; "
         "use more calibration data or a higher damping"
     )

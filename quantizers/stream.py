@@ -19,7 +19,7 @@ from quantizers.activations import ActivationQuantizer
 from quantizers.apply import StoredBlock, StoredLinear, quantize_activations
 from quantizers.block import Stage, check_weights_finite, enter, run_block, walk_block
 from quantizers.block_source import BlockSource, private_copy
-from quantizers.errors import QuantizationError
+from quantizers.errors import NumericalError, QuantizationError
 from quantizers.families import Family, blocks_of, family_of, linear_at
 from quantizers.float_statistics import collect_float_statistics
 from quantizers.folding import fold_errors
@@ -319,7 +319,7 @@ def _collect(
         ranges=work.ranges(number),
     )
     if not torch.isfinite(statistics.require_hessian().diagonal()).all():
-        raise QuantizationError(f"the calibration inputs of {work.prefix}{name} hold NaN or infinity")
+        raise NumericalError(f"the calibration inputs of {work.prefix}{name} hold NaN or infinity")
     return statistics
 
 
@@ -347,7 +347,7 @@ def _quantize_stage(
         outcome = method.quantize(group)
         inputs, outputs = _activation_quantizers(work, number, statistics.ranges)
     except QuantizationError as error:
-        raise QuantizationError(f"{work.prefix}{' and '.join(stage)}: {error}") from error
+        raise type(error)(f"{work.prefix}{' and '.join(stage)}: {error}") from error
     errors = [
         _relative_errors(reference, quantized.decode(), statistics)
         for reference, quantized in zip(references, outcome.weights, strict=True)

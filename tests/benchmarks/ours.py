@@ -17,12 +17,14 @@ def ours(scheme, model, windows):
     Returns:
         the quantized blocks, all of them made.
     """
+    from orchestrator.models.float_products import fast_products
     from orchestrator.scheme import parse_scheme
     from quantizers.block_source import InMemory
     from quantizers.stream import quantize_blocks
 
     method = parse_scheme(scheme, "benchmark").build()
-    return list(quantize_blocks(InMemory(model), method, windows))
+    with fast_products("cpu"):  # as a worker does
+        return list(quantize_blocks(InMemory(model), method, windows))
 
 
 def ours_installed(model, blocks):
@@ -67,8 +69,10 @@ def perplexity(args):
 
 def _perplexity(model, held_out):
     from evaluators.perplexity import perplexity as measure
+    from orchestrator.models.float_products import fast_products
 
-    return measure(model, np.load(held_out)).perplexity
+    with fast_products("cpu"):
+        return measure(model, np.load(held_out)).perplexity
 
 
 def main():

@@ -1,6 +1,7 @@
 """RayPool on a real local Ray, with a worker that knows nothing of quantization."""
 
 import os
+import signal
 import time
 
 import pytest
@@ -19,7 +20,7 @@ class EchoWorker:
         self.device, self.threads, self.report = device, threads, report
 
     def run(self, payload):
-        if "sleep" in payload:
+        for _ in range(payload.get("steps", 1) if "sleep" in payload else 0):
             self.report(f"sleeping {payload['sleep']}")
             time.sleep(payload["sleep"])
         if "raise" in payload:
@@ -37,6 +38,13 @@ def complete(pool, count=1, seconds=60):
         completions += pool.wait(1.0)
         pool.activity()
     return completions
+
+
+def await_worker(pool, worker, seconds=60):
+    deadline = time.monotonic() + seconds
+    while worker not in pool.workers:
+        assert time.monotonic() < deadline
+        assert pool.wait(0.2) == []
 
 
 @pytest.fixture(scope="module")
@@ -84,13 +92,62 @@ def test_activity_is_seen_while_a_job_runs(pool):
 def test_a_lost_worker_is_replaced_and_takes_jobs_again(pool):
     worker = min(pool.workers)
     before = pool.workers[worker].process_id
+    pool.changes()
     pool.submit(worker, {"die": True})
     (completion,) = complete(pool)
     assert completion.failure.kind == "worker_lost"
     assert str(before) in completion.failure.message
-    assert pool.workers[worker].process_id != before
+    await_worker(pool, worker)
+    left, joined = pool.changes()
+    assert (left.worker.process_id, left.reason.kind) == (before, "worker_lost")
+    assert joined.reason is None
+    assert pool.workers[worker].process_id == joined.worker.process_id != before
     pool.submit(worker, {"echo": 7})
     assert complete(pool)[0].result["echo"] == 7
+
+
+def test_an_idle_worker_that_dies_is_replaced(pool):
+    worker = min(pool.workers)
+    pool.changes()
+    os.kill(pool.workers[worker].process_id, signal.SIGKILL)
+    deadline = time.monotonic() + 30
+    while not (changes := pool.changes()):
+        assert time.monotonic() < deadline
+        assert pool.wait(0.2) == []
+    assert changes[0].reason.kind == "worker_lost"
+    await_worker(pool, worker)
+
+
+def test_a_worker_that_hangs_is_ended(pool, monkeypatch):
+    """Stopped altogether, so that it answers to nothing, not even to Ray."""
+    monkeypatch.setattr(pool, "_stuck_seconds", 3.0)
+    worker = min(pool.workers)
+    process = pool.workers[worker].process_id
+    pool.submit(worker, {"sleep": 60.0})
+    os.kill(process, signal.SIGSTOP)
+    (completion,) = complete(pool)
+    assert completion.failure.kind == "stuck"
+    assert "no progress for 3 s" in completion.failure.message
+    await_worker(pool, worker)
+    deadline = time.monotonic() + 30
+    while alive(process):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+def test_a_job_that_reports_progress_does_not_hang(pool, monkeypatch):
+    monkeypatch.setattr(pool, "_stuck_seconds", 3.0)
+    worker = min(pool.workers)
+    pool.submit(worker, {"steps": 12, "sleep": 0.5})
+    assert complete(pool)[0].failure is None
+
+
+def alive(process):
+    try:
+        with open(f"/proc/{process}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 def test_more_workers_than_devices_is_refused(pool):
@@ -100,6 +157,6 @@ def test_more_workers_than_devices_is_refused(pool):
     from cluster import session
 
     with pytest.raises(ClusterError, match="has room for 2"):
-        session._count(session.KINDS["simulated-npu"], 3, 1, ray.cluster_resources())
+        session._count(session.KINDS["simulated-npu"], 3, 1, 1, ray.cluster_resources())
     with pytest.raises(ClusterError, match="no GPU"):
         session._settle("cuda", ray.cluster_resources())

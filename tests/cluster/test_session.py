@@ -83,10 +83,13 @@ def test_a_device_the_cluster_lacks_is_refused():
 
 def test_one_worker_per_device_and_threads_per_core():
     resources = {"CPU": 8.0, "NPU": 4.0}
-    assert session._count(KINDS["npu"], "auto", 2, resources) == 4
-    assert session._count(KINDS["cpu"], "auto", 3, resources) == 2
-    assert session._count(KINDS["cpu"], 2, 3, resources) == 2
+    assert session._count(KINDS["npu"], "auto", 2, 1, resources) == 4
+    assert session._count(KINDS["cpu"], "auto", 3, 1, resources) == 2
+    assert session._count(KINDS["cpu"], 2, 3, 1, resources) == 2
     with pytest.raises(ClusterError, match=r"workers.count = 3, but this Ray cluster has room for 2 cpu workers"):
-        session._count(KINDS["cpu"], 3, 3, resources)
+        session._count(KINDS["cpu"], 3, 3, 1, resources)
+    assert session._count(KINDS["npu"], "auto", 1, 2, resources) == 8
+    with pytest.raises(ClusterError, match="per_device = 2 is of accelerators"):
+        session._count(KINDS["cpu"], "auto", 1, 2, resources)
     with pytest.raises(ClusterError, match="9 threads per worker do not fit the cluster's 8 cores"):
-        session._count(KINDS["cpu"], "auto", 9, resources)
+        session._count(KINDS["cpu"], "auto", 9, 1, resources)

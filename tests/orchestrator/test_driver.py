@@ -53,6 +53,9 @@ class MadeUpPool:
         done, self._running = self._running, {}
         return [Completion(worker=worker, result=result, seconds=self.seconds) for worker, result in done.items()]
 
+    def changes(self):
+        return []
+
     def activity(self):
         return {}
 

@@ -87,14 +87,61 @@ def test_a_retried_job_comes_before_the_others():
     assert not schedule.failed
 
 
-def test_the_latest_retried_job_comes_first():
+def test_retried_jobs_come_in_the_order_in_which_they_failed():
     schedule = Schedule([quantize(key) for key in "abcd"], seconds={f"q{key}": 1.0 for key in "abcd"})
     for worker in ("w0", "w1"):
         schedule.next_for(worker)
     for worker in ("w0", "w1"):
         schedule.fail(worker, retry=True)
         schedule.forget_worker(worker)
-    assert [schedule.next_for(f"w{n}").id for n in range(4)] == ["qb", "qa", "qc", "qd"]
+    assert [schedule.next_for(f"w{n}").id for n in range(4)] == ["qa", "qb", "qc", "qd"]
+
+
+def test_a_retried_job_avoids_workers_while_there_are_others():
+    schedule = Schedule([quantize("a"), quantize("b")])
+    schedule.next_for("w0")
+    schedule.fail("w0", retry=True, avoid=frozenset({"w0"}))
+    assert schedule.next_for("w0", ["w0", "w1"]).id == "qb"
+    assert schedule.next_for("w1", ["w0", "w1"]).id == "qa"
+
+
+def test_a_retried_job_comes_back_where_there_is_no_other_worker():
+    schedule = Schedule([quantize("a"), quantize("b")])
+    schedule.next_for("w0")
+    schedule.fail("w0", retry=True, avoid=frozenset({"w0"}))
+    assert schedule.next_for("w0", ["w0"]).id == "qa"
+
+
+def test_what_is_gone_is_made_again_before_what_needs_it():
+    schedule = Schedule([quantize("a"), evaluate("a", 0), evaluate("a", 1), evaluate("a", 2)])
+    quantizing = schedule.next_for("w0")
+    schedule.finish("w0")
+    assert [schedule.next_for(w).id for w in ("w0", "w1")] == ["ea0", "ea1"]
+    assert schedule.fail("w0", retry=True).id == "ea0"
+    assert schedule.redo(quantizing)
+    assert not schedule.redo(quantizing)
+    schedule.fail("w1", retry=True)  # it found the same
+    assert schedule.next_for("w0").id == "qa"
+    assert schedule.next_for("w1") is None
+    schedule.finish("w0")
+    for _ in range(3):
+        schedule.next_for("w1")
+        schedule.finish("w1")
+    assert schedule.done
+    assert schedule.finished == {"qa", "ea0", "ea1", "ea2"}
+
+
+def test_what_needs_a_job_that_failed_for_good_is_skipped_also_where_it_had_failed_before():
+    schedule = Schedule([quantize("a"), evaluate("a", 0)])
+    quantizing = schedule.next_for("w0")
+    schedule.finish("w0")
+    schedule.next_for("w0")
+    schedule.fail("w0", retry=True)
+    schedule.redo(quantizing)
+    assert schedule.next_for("w0").id == "qa"
+    schedule.fail("w0", retry=False)
+    assert (schedule.failed, schedule.skipped, schedule.done) == ({"qa"}, {"ea0"}, True)
+    assert schedule.next_for("w0") is None
 
 
 def test_the_longest_chain_starts_first():
