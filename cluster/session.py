@@ -148,7 +148,7 @@ def _settle(device: str, resources: dict[str, float]) -> DeviceKind:
 def _count(kind: DeviceKind, count: int | str, threads: int, per_device: int, resources: dict[str, float]) -> int:
     if kind.resource == "CPU" and per_device > 1:
         raise ClusterError(
-            f"workers.per_device = {per_device} is of accelerators that workers share; these are CPU cores: leave it out"
+            f"workers.per_device = {per_device} is for accelerators, and these workers are CPU cores: leave it out"
         )
     units = int(resources.get(kind.resource, 0))
     available = units // threads if kind.resource == "CPU" else units * per_device

@@ -6,26 +6,28 @@ import threading
 import time
 from collections import Counter
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from cluster.failures import Attempts, Failure
-from cluster.pool import Change, Completion, Pool, WorkerInfo
+from cluster.failures import Failure
+from cluster.pool import Completion, Pool, WorkerInfo
 from orchestrator.artifacts import remove_unfinished
 from orchestrator.config import Sweep, resolved
 from orchestrator.cost import observe
 from orchestrator.cost_store import add_observations
 from orchestrator.errors import BitatlasError
+from orchestrator.event_rows import EventRows
 from orchestrator.forecast import Devices, forecast
 from orchestrator.inputs import Inputs
 from orchestrator.layout import Layout
 from orchestrator.plan import Job, Plan
+from orchestrator.recovery import Recovery
 from orchestrator.remaining import Remaining
-from orchestrator.rows import failure_row, outcome_rows
+from orchestrator.rows import outcome_rows
 from orchestrator.schedule import Schedule
 from orchestrator.schema import SLICES, TABLES
 from orchestrator.slices import merged_outcome, slice_row, workers_of
@@ -118,18 +120,15 @@ class Driver:
         """
         self._sweep, self._plan, self._inputs, self._layout = sweep, plan, inputs, layout
         self._store, self._pool, self._kept = store, pool, kept
-        self._known = dict(pool.workers)  # also those that have left
-        self._jobs = {job.id: job for job in plan.jobs}
-        self._attempts: dict[str, Attempts] = {}  # of jobs that failed in this run
+        self._events = EventRows(sweep=sweep.name, session=store.session, workers=pool.workers)
+        self._recovery = Recovery(sweep.name, plan, self._events)
         self._started: dict[str, datetime] = {}
-        self._failures: list[str] = []
         self._warnings: list[str] = []
         self._finished = 0
         self._slices: dict[str, list[Job]] = {}  # by the whole's id
         for job in plan.jobs:
             if job.slice is not None:
                 self._slices.setdefault(job.whole.id, []).append(job)
-        self._failed: set[str] = set()  # wholes that have their failed row
         self._new_batch()
         self.stop = threading.Event()
 
@@ -149,7 +148,7 @@ class Driver:
         schedule = Schedule(self._plan.jobs, done, estimates)
         self._remaining = Remaining(self._plan.jobs, estimates)
         estimated = self._time_left(schedule)
-        begun = self._event("session_started", seconds=estimated, jobs=len(self._plan.jobs))
+        begun = self._events.row("session_started", seconds=estimated, jobs=len(self._plan.jobs))
         self._store.commit({"events": [begun]})
         view.begin(self._plan, schedule, self._pool.workers, lambda: self._time_left(schedule))
         interrupted = False
@@ -170,13 +169,15 @@ class Driver:
         except BaseException as error:
             with suppress(BitatlasError):  # what is wrong is told already
                 self._commit()
-                broken = self._event("session_ended", status="broken", error=str(error) or type(error).__name__)
+                broken = self._events.row("session_ended", status="broken", error=str(error) or type(error).__name__)
                 self._store.commit({"events": [broken]})
             raise
         finally:
             view.end(schedule)
         left = schedule.unfinished
-        self._store.commit({"events": [self._event("session_ended", status="interrupted" if interrupted else "ended")]})
+        self._store.commit(
+            {"events": [self._events.row("session_ended", status="interrupted" if interrupted else "ended")]}
+        )
         return Summary(
             reused=len(done),
             finished=self._finished,
@@ -184,7 +185,7 @@ class Driver:
             left=left,
             seconds=time.monotonic() - began,
             interrupted=interrupted,
-            failures=tuple(self._failures),
+            failures=tuple(self._recovery.told),
         )
 
     def _estimates(self) -> dict[str, float]:
@@ -256,27 +257,31 @@ class Driver:
                 continue
             self._started[job.id] = datetime.now(UTC)
             self._remaining.start(job, time.monotonic())
-            attempts = self._attempts.get(job.id)
-            share = attempts.memory_share() if attempts else 1.0
+            share = self._recovery.memory_share(job)
             self._pool.submit(worker, payload_of(job, self._inputs, self._layout, memory_share=share))
-            self._rows["events"].append(self._job_event("started", job, worker, schedule.attempts[job.id]))
+            self._rows["events"].append(self._events.of_job("started", job, worker, schedule.attempts[job.id]))
 
     def _collect(self, schedule: Schedule) -> None:
         stopping: Failure | None = None
         rows = self._rows
         completions = self._pool.wait(_POLL_SECONDS)
         for change in self._pool.changes():
-            self._note(change, schedule, rows)
+            self._recovery.note(change, schedule, rows)
         for completion in completions:
             self._rows_work += completion.seconds
             if completion.failure is None:
                 self._finish(schedule, completion, rows)
             else:
-                self._fail(schedule, completion, completion.failure, rows)
+                job = schedule.running[completion.worker]
+                self._recovery.failed(completion, completion.failure, schedule, self._started[job.id], rows)
                 stopping = completion.failure if completion.failure.policy.stops_sweep else stopping
         for whole in dict.fromkeys(row["whole_id"] for row in rows["slices"]):
             if self._merge(whole, schedule, rows):
                 self._merged.append(whole)
+        if self._recovery.redone:
+            self._commit()
+            self._store.forget(self._recovery.redone)
+            self._recovery.redone.clear()
         if stopping:
             raise BitatlasError(
                 f"a worker could not write to {self._layout.root} ({stopping.message}); what is done is kept and "
@@ -286,7 +291,7 @@ class Driver:
     def _finish(self, schedule: Schedule, completion: Completion, rows: dict[str, list[dict[str, Any]]]) -> None:
         job = schedule.finish(completion.worker)
         self._finished += 1
-        worker, times = self._known[completion.worker], (self._started[job.id], datetime.now(UTC))
+        worker, times = self._events.workers[completion.worker], (self._started[job.id], datetime.now(UTC))
         event, status = "reused" if completion.result.get("reused") else "finished", "ok"
         if event == "finished":
             self._remaining.finish(job, completion.seconds)
@@ -304,7 +309,7 @@ class Driver:
                 )
             )
         rows["events"].append(
-            self._job_event(
+            self._events.of_job(
                 event, job, completion.worker, schedule.attempts[job.id], status=status, seconds=completion.seconds
             )
         )
@@ -331,7 +336,7 @@ class Driver:
             rows[table] += added
         for warning in outcome.get("warnings", ()):
             self._warnings.append(f"{job.label}: {warning}")
-            rows["events"].append(self._event("warning", cell_id=job.cell.id, job=job.label, error=warning))
+            rows["events"].append(self._events.row("warning", cell_id=job.cell.id, job=job.label, error=warning))
         return "non_finite" if "non_finite" in {row["status"] for row in new["results"]} else "ok"
 
     def _merge(self, whole_id: str, schedule: Schedule, rows: dict[str, list[dict[str, Any]]]) -> bool:
@@ -354,7 +359,7 @@ class Driver:
         worker = workers_of(parts)
         status = self._add_rows(whole, outcome, worker, times, rows)
         rows["events"].append(
-            self._event(
+            self._events.row(
                 "merged",
                 job_id=whole.id,
                 cell_id=whole.cell.id,
@@ -366,103 +371,3 @@ class Driver:
             )
         )
         return True
-
-    def _fail(
-        self, schedule: Schedule, completion: Completion, failure: Failure, rows: dict[str, list[dict[str, Any]]]
-    ) -> None:
-        job = schedule.running[completion.worker]
-        attempts = self._attempts.setdefault(job.id, Attempts())
-        attempts.add(failure, completion.worker)
-        attempt, retry = schedule.attempts[job.id], attempts.retry(failure)
-        schedule.fail(completion.worker, retry=retry, avoid=attempts.avoid(failure))
-        if retry:
-            rows["events"].append(
-                self._job_event(
-                    "retried",
-                    job,
-                    completion.worker,
-                    attempt,
-                    error_kind=failure.kind,
-                    error=failure.message,
-                    seconds=completion.seconds,
-                )
-            )
-            if failure.kind == "damaged" and job.needs is not None and schedule.redo(self._jobs[job.needs]):
-                needed = self._jobs[job.needs]
-                rows["events"].append(
-                    self._job_event("redone", needed, completion.worker, attempt, error=failure.message)
-                )
-            return
-        self._give_up(job, completion, attempts.final(failure), attempt, rows)
-
-    def _give_up(
-        self, job: Job, completion: Completion, failure: Failure, attempt: int, rows: dict[str, list[dict[str, Any]]]
-    ) -> None:
-        """The event and the row of a job that is not tried again."""
-        self._failures.append(f"{job.label}: {failure.message}")
-        rows["events"].append(
-            self._job_event(
-                "failed",
-                job,
-                completion.worker,
-                attempt,
-                status="failed",
-                error_kind=failure.kind,
-                error=failure.message,
-                seconds=completion.seconds,
-            )
-        )
-        if job.whole.id in self._failed:
-            return  # another slice of the task has failed already: one row says it
-        self._failed.add(job.whole.id)
-        where = "" if job.slice is None else f"slice {job.slice}: "
-        rows["results"].append(
-            failure_row(
-                self._sweep.name,
-                job.whole,
-                replace(failure, message=where + failure.message),
-                worker=self._known.get(completion.worker),
-                started_at=self._started[job.id],
-                finished_at=datetime.now(UTC),
-            )
-        )
-
-    def _note(self, change: Change, schedule: Schedule, rows: dict[str, list[dict[str, Any]]]) -> None:
-        """A worker joined or left."""
-        worker, reason = change.worker, change.reason
-        self._known[worker.name] = worker
-        if reason is None:
-            rows["events"].append(self._event("worker_joined", worker=worker.name, device=worker.device))
-            return
-        schedule.forget_worker(worker.name)
-        told: dict[str, Any] = {
-            "worker": worker.name,
-            "device": worker.device,
-            "error_kind": reason.kind,
-            "error": reason.message,
-        }
-        job = schedule.running.get(worker.name)
-        if job is not None:
-            told |= {"job_id": job.id, "cell_id": job.cell.id, "job": job.label, "attempt": schedule.attempts[job.id]}
-        rows["events"].append(self._event("worker_lost", **told))
-
-    def _event(self, event: str, **more: Any) -> dict[str, Any]:
-        return {
-            "sweep": self._sweep.name,
-            "session": self._store.session,
-            "event": event,
-            "at": datetime.now(UTC),
-        } | more
-
-    def _job_event(self, event: str, job: Job, worker: str, attempt: int, **more: Any) -> dict[str, Any]:
-        info = self._known.get(worker)
-        return self._event(
-            event,
-            job_id=job.id,
-            cell_id=job.cell.id,
-            job=job.label,
-            attempt=attempt,
-            worker=worker,
-            device=info.device if info else None,
-            **more,
-        )

@@ -89,7 +89,7 @@ def test_one_worker_per_device_and_threads_per_core():
     with pytest.raises(ClusterError, match=r"workers.count = 3, but this Ray cluster has room for 2 cpu workers"):
         session._count(KINDS["cpu"], 3, 3, 1, resources)
     assert session._count(KINDS["npu"], "auto", 1, 2, resources) == 8
-    with pytest.raises(ClusterError, match="per_device = 2 is of accelerators"):
+    with pytest.raises(ClusterError, match="per_device = 2 is for accelerators"):
         session._count(KINDS["cpu"], "auto", 1, 2, resources)
     with pytest.raises(ClusterError, match="9 threads per worker do not fit the cluster's 8 cores"):
         session._count(KINDS["cpu"], "auto", 9, 1, resources)
