@@ -22,7 +22,7 @@ _START_SECONDS = 180.0
 _TEND_SECONDS = 1.0
 _LONGEST_PAUSE_SECONDS = 60.0  # between attempts to start a worker that does not start
 _GIVE_UP_SECONDS = 600.0  # without any worker, on a cluster whose nodes may come back
-_MOST_QUESTIONS_PER_SECOND = 20  # to workers, about what they are doing
+_MOST_QUESTIONS_PER_SECOND = 5  # to workers, about what they are doing
 
 
 @dataclass

@@ -36,8 +36,8 @@ from orchestrator.view import View
 from orchestrator.worker import payload_of
 
 _POLL_SECONDS = 0.25
-# Rows are committed together where jobs are short: at the latest when they are so old, so many, or so much work that a
-# driver killed before the commit would lose more than it saved.
+# Rows are committed together where jobs are short: at the latest when they are so old, so many, or so much work (per
+# worker) that a driver killed before the commit would lose more than it saved.
 _COMMIT_SECONDS = 1.0
 _COMMIT_ROWS = 5000
 _COMMIT_WORK_SECONDS = 10.0
@@ -153,12 +153,13 @@ class Driver:
         view.begin(self._plan, schedule, self._pool.workers, lambda: self._time_left(schedule))
         interrupted = False
         try:
+            self._hand_out(schedule)
             while not schedule.done:
                 if self.stop.is_set():
                     interrupted = True
                     break
-                self._hand_out(schedule)
                 self._collect(schedule)
+                self._hand_out(schedule)  # before the disk is waited for
                 if self._is_due():
                     self._commit()
                 view.update(schedule, self._pool.activity())
@@ -237,7 +238,7 @@ class Driver:
     def _is_due(self) -> bool:
         return (
             time.monotonic() - self._rows_since >= _COMMIT_SECONDS
-            or self._rows_work >= _COMMIT_WORK_SECONDS
+            or self._rows_work >= _COMMIT_WORK_SECONDS * len(self._pool.workers)
             or sum(map(len, self._rows.values())) >= _COMMIT_ROWS
         )
 
