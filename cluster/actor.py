@@ -43,18 +43,23 @@ class Recipe:
 class Actor:
     """Lives in the worker process."""
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, name: str) -> None:
         """Make sure of the device; the worker does the rest when its first job comes.
 
         Raises:
             ClusterError: the device is not there.
         """
+        self._name = name
         self._line = ""
         self._beat = time.monotonic()
         device = claim(recipe.kind)
         limit_memory(device, 1 / recipe.per_device)
         self._device = device
         self._worker = make_worker(recipe.factory, device, recipe.threads, self._report)
+
+    def __repr__(self) -> str:
+        """The worker's name, as Ray's dashboard and logs show it."""
+        return self._name
 
     def _report(self, line: str) -> None:
         self._line = line
@@ -102,12 +107,13 @@ def start(recipe: Recipe, place: Place) -> Any:
         options["num_gpus"] = 1 / recipe.per_device
     if recipe.environment:
         options["runtime_env"] = {"env_vars": dict(recipe.environment)}
-    return ray.remote(concurrency_groups={_WATCH: _WATCH_THREADS}, **options)(Actor).remote(recipe)
+    return ray.remote(concurrency_groups={_WATCH: _WATCH_THREADS}, **options)(Actor).remote(recipe, place.name)
 
 
 def watch(method: Any) -> Any:
     """Call a method of an actor on a thread that a running job leaves free; a reference."""
-    return method.options(concurrency_group=_WATCH).remote()
+    # No task events: questions would push the jobs out of what the dashboard remembers.
+    return method.options(concurrency_group=_WATCH, enable_task_events=False).remote()
 
 
 def end(handle: Any, node_id: str, process_id: int | None) -> None:

@@ -102,14 +102,19 @@ class RayPool:
         import ray
 
         deadline = time.monotonic() + _START_SECONDS
-        while self._starting and time.monotonic() < deadline:
-            ray.wait([starting.described for starting in self._starting.values()], timeout=1.0)
+        while (self._starting or not self._workers) and time.monotonic() < deadline:
+            if self._starting:
+                ray.wait([starting.described for starting in self._starting.values()], timeout=1.0)
+            else:
+                time.sleep(1.0)
             for name, error in self._adopt_started():
-                raise ClusterError(f"worker {name} did not start: {_last_line(error)}")
+                if getattr(error, "actor_init_failed", False):  # else its node left meanwhile
+                    raise ClusterError(f"worker {name} did not start: {_last_line(error)}")
+            self._tend()
         if not self._workers:
             raise ClusterError(
-                f"worker {min(self._starting)} did not start within {_START_SECONDS:.0f} s, nor did any other: devices "
-                "or cores are taken by another job; wait for it, or ask for a smaller workers.count"
+                f"no {self._session.kind.name} worker started within {_START_SECONDS:.0f} s: devices or cores are taken "
+                "by another job, or nodes are leaving; wait, and run the same command again"
             )
 
     def submit(self, worker: str, payload: Payload) -> None:
@@ -192,11 +197,10 @@ class RayPool:
         if now - self._tended_at < _TEND_SECONDS:
             return
         self._tended_at = now
-        for name, error in self._adopt_started():
+        for name, _ in self._adopt_started():  # whoever has no worker at all is told below
             pause = self._pauses.get(name)
             seconds = min(2 * pause.seconds if pause else 1.0, _LONGEST_PAUSE_SECONDS)
             self._pauses[name] = _Pause(until=now + seconds, seconds=seconds)
-            del error  # its node may be leaving; whoever has no worker at all is told below
         self._find_lost()
         self._ask(now)
         self._find_stuck(now)

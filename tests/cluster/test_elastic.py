@@ -60,7 +60,8 @@ def test_a_node_that_joins_brings_its_workers_and_one_that_leaves_loses_nothing(
     pool.submit(busy, {"sleep": 120.0})
     os.kill(node.all_processes["raylet"][0].process.pid, signal.SIGKILL)
     made.remove_node(node, allow_graceful=False)
-    completions = {done.worker: done for done in until(lambda: len(pool.workers) == 1, pool)}
+    done = until(lambda: len(pool.workers) == 1 and pool._workers[first].job is None, pool)
+    completions = {completion.worker: completion for completion in done}
     assert completions[first].result["echo"] == "stays"
     assert completions[busy].failure.kind == "node_lost"
     assert "with its node" in completions[busy].failure.message
