@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from cluster.devices import KINDS, DeviceKind
 from cluster.errors import ClusterError
+from cluster.job import surrounding_job
 
 _CONNECT_SECONDS = 20
 
@@ -22,23 +23,25 @@ class Session:
         kind: the device kind that workers get; `auto` has been settled.
         count: how many workers.
         dashboard: its address, or None.
+        joined: the cluster that was there before, for a person to read; None where a local one was started.
     """
 
     kind: DeviceKind
     count: int
     threads: int
     dashboard: str | None
+    joined: str | None = None
 
 
 @contextmanager
 def ray_session(*, device: str, count: int | str, threads: int, address: str | None = None) -> Iterator[Session]:
-    """Connect, and disconnect on leaving. A local Ray listens on localhost only and ends with this process.
+    """Connect, and disconnect on leaving. A local Ray ends with this process; its dashboard listens on localhost only.
 
     Args:
         device: a key of `devices.KINDS`, or "auto": NPUs if the cluster has any, else GPUs, else CPU cores.
         count: workers, or "auto": one per device.
         threads: CPU cores (and torch threads) of each worker.
-        address: of a running cluster; None starts a local one.
+        address: of a running cluster; None joins the one whose submitted job this process is, or starts a local one.
     Raises:
         ClusterError: nobody answers at `address`, or the cluster lacks the devices.
     """
@@ -46,11 +49,16 @@ def ray_session(*, device: str, count: int | str, threads: int, address: str | N
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
 
+    job = surrounding_job() if address is None else None
+    joined = f"the Ray cluster at {address}" if address not in {None, "local"} else None
+    if job is not None:
+        address, joined = job.address, f"the Ray cluster at {job.address}, whose job {job.submission} this is"
     dashboard = _connect(device, count, threads, address)
     try:
         resources = ray.cluster_resources()
         kind = _settle(device, resources)
-        yield Session(kind=kind, count=_count(kind, count, threads, resources), threads=threads, dashboard=dashboard)
+        workers = _count(kind, count, threads, resources)
+        yield Session(kind=kind, count=workers, threads=threads, dashboard=dashboard, joined=joined)
     finally:
         ray.shutdown()
 

@@ -137,6 +137,7 @@ class Driver:
             BitatlasError: the disk is full or read-only; what was committed stays.
         """
         began = time.monotonic()
+        self._view = view
         self._write_sweep()
         remove_unfinished(self._layout.artifacts)
         done = finished_jobs(self._layout, self._plan)
@@ -274,6 +275,7 @@ class Driver:
 
     def _finish(self, schedule: Schedule, completion: Completion, rows: dict[str, list[dict[str, Any]]]) -> None:
         job = schedule.finish(completion.worker)
+        self._view.attempted(job, completion)
         self._finished += 1
         worker, times = self._pool.workers[completion.worker], (self._started[job.id], datetime.now(UTC))
         event, status = "reused" if completion.result.get("reused") else "finished", "ok"
@@ -363,6 +365,7 @@ class Driver:
         attempt = schedule.attempts[job.id]
         retry = failure.retry(attempt)
         schedule.fail(completion.worker, retry=retry)
+        self._view.attempted(job, completion, retry=retry)
         told = {"error_kind": failure.kind, "error": failure.message, "seconds": completion.seconds}
         if failure.kind == "worker_lost":
             schedule.forget_worker(completion.worker)
