@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,13 +21,20 @@ _WATCH_SECONDS = 1.0
 class _Actor:
     """Lives in the worker process; `activity` answers while `run` is busy."""
 
-    def __init__(self, factory: str, kind: DeviceKind, threads: int) -> None:
+    def __init__(self, factory: str, kind: DeviceKind, threads: int, slot: str = "worker") -> None:
+        self._slot = slot
         self._line = ""
         self._device = claim(kind)
         self._worker = make_worker(factory, self._device, threads, self._report)
 
     def _report(self, line: str) -> None:
         self._line = line
+
+    def __repr__(self) -> str:
+        """The worker's name, as Ray's dashboard and logs show it."""
+        import ray
+
+        return f"{self._slot}@{ray.util.get_node_ip_address()}"
 
     def describe(self) -> tuple[str, int, str]:
         import ray
@@ -61,6 +69,7 @@ class RayPool:
         self._actors: dict[str, Any] = {}
         self._infos: dict[str, WorkerInfo] = {}
         self._running: dict[Any, str] = {}
+        self._starts: Counter[str] = Counter()  # by slot
         self._lines: dict[str, str] = {}
         self._watches: dict[Any, str] = {}
         self._watched_at = 0.0
@@ -79,6 +88,10 @@ class RayPool:
 
         kind, threads = self._session.kind, self._session.threads
         options: dict[str, Any] = {"num_cpus": threads, "max_restarts": 0, "max_task_retries": 0}
+        # A name is taken for some seconds after its actor was lost, so a replacement has another. Two drivers have two
+        # namespaces.
+        self._starts[slot] += 1
+        options["name"] = slot if self._starts[slot] == 1 else f"{slot} ({self._starts[slot]})"
         if kind.resource == "NPU":
             options["resources"] = {"NPU": 1}
         elif kind.resource == "GPU":
@@ -87,7 +100,7 @@ class RayPool:
             options["runtime_env"] = {"env_vars": self._environment}
         # The watch group has a thread of its own, so that `activity` answers while `run` is busy.
         actor = ray.remote(concurrency_groups={"watch": 1}, **options)(_Actor)
-        return actor.remote(self._factory, kind, threads)
+        return actor.remote(self._factory, kind, threads, slot)
 
     def _adopt(self, slot: str, handle: Any) -> None:
         import ray

@@ -103,3 +103,13 @@ def test_more_workers_than_devices_is_refused(pool):
         session._count(session.KINDS["simulated-npu"], 3, 1, ray.cluster_resources())
     with pytest.raises(ClusterError, match="no GPU"):
         session._settle("cuda", ray.cluster_resources())
+
+
+def test_actors_are_named_by_device(pool):
+    """Last: the first worker was lost and replaced."""
+    from ray.util.state import list_actors
+
+    actors = {actor.name: actor for actor in list_actors(detail=True) if actor.class_name == "_Actor"}
+    assert set(actors) == {"simulated-npu-0", "simulated-npu-0 (2)", "simulated-npu-1"}
+    assert {actor.repr_name for actor in actors.values()} == set(pool.workers)
+    assert actors["simulated-npu-0"].state == "DEAD"
