@@ -86,7 +86,7 @@ class MetricsSink:
         if self._sent is not None:
             with suppress(ray.exceptions.RayError):  # the actor was lost; an error nobody looks at would be printed
                 ray.get(self._sent)
-        self._sent = self._actor.record.options(name="metrics").remote(snapshot)
+        self._sent = self._actor.record.options(enable_task_events=False).remote(snapshot)
         return True
 
     def close(self) -> None:

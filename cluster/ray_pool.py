@@ -174,7 +174,9 @@ class RayPool:
             self._watched_at = time.monotonic()
             asked = set(self._watches.values())
             for worker in set(self._running.values()) - asked:
-                reference = self._actors[worker].activity.options(concurrency_group="watch").remote()
+                # No task events: a question a second would push the jobs out of what the dashboard remembers.
+                watch = {"concurrency_group": "watch", "enable_task_events": False}
+                reference = self._actors[worker].activity.options(**watch).remote()
                 self._watches[reference] = worker
         return self._lines
 

@@ -11,10 +11,12 @@ import time
 import urllib.parse
 import urllib.request
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import yaml
 
+import cluster as cluster_package
 from cluster.metrics import METRICS
 from orchestrator.schema import EVENTS, RESULTS
 from orchestrator.store import read_table
@@ -60,10 +62,15 @@ class RunningCluster:
         return done.stdout
 
     def submit(self, *words, options=()):
-        output = self.ray("submit", "--no-wait", *options, "--", *map(str, words))
-        found = re.search(r"raysubmit_\w+", output)
-        assert found, output
-        return found[0]
+        """The job's id; tried again while the cluster is not yet ready for jobs."""
+        deadline = time.monotonic() + 60
+        while not (found := re.search(r"'(raysubmit_\w+)' submitted", output := self._submit(words, options))):
+            assert time.monotonic() < deadline, output
+            time.sleep(2)
+        return found[1]
+
+    def _submit(self, words, options):
+        return self.ray("submit", "--no-wait", *options, "--", *map(str, words))
 
     def get(self, path, **query):
         url = f"{self.dashboard}{path}?{urllib.parse.urlencode(query)}"
@@ -226,7 +233,9 @@ def test_actors_are_named_by_device(resumed, cluster):
 def test_tasks_are_named_by_cell(resumed, stopped):
     labels = {row["job"] for row in events(stopped[0], "finished")}
     assert len(labels) == JOBS
-    assert labels <= {task["name"] for task in resumed["tasks"]}
+    names = {task["name"] for task in resumed["tasks"]}
+    assert labels <= names
+    assert not any("activity" in name or "record" in name for name in names), "questions asked each second"
 
 
 def test_the_endpoint_lists_every_metric(resumed):
@@ -237,6 +246,16 @@ def test_the_endpoint_lists_every_metric(resumed):
                 assert set(metric.tags) <= set(labels)
                 assert labels["sweep"] == "tiny"
     assert set(metrics) == {series for metric in METRICS for series in metric.exported}
+
+
+def test_the_grafana_dashboard_asks_for_what_is_there(resumed):
+    there = {series: set().union(*(labels for labels, _ in rows)) for series, rows in resumed["metrics"].items()}
+    dashboard = json.loads((Path(cluster_package.__file__).parent / "deploy" / "grafana" / "bitatlas.json").read_text())
+    expressions = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    assert len(expressions) > 10
+    for expression in expressions:
+        (series,) = set(re.findall(r"ray_\w+", expression))
+        assert set(re.findall(r"(\w+)=~", expression)) <= there[series]
 
 
 def test_what_the_metrics_say(resumed, stopped):
