@@ -58,7 +58,8 @@ class Pool(Protocol):
 
     @property
     def workers(self) -> Mapping[str, WorkerInfo]:
-        """Workers that can take a job now or after the one they have."""
+        """Workers that can take a job now or after the one they have: one mapping, which changes as they come and
+        go."""
 
     def submit(self, worker: str, payload: Payload) -> None:
         """Give an idle worker a job."""

@@ -85,6 +85,7 @@ class RayPool:
         self._hosts: dict[str, str] = {}
         self._starting: dict[str, _Starting] = {}
         self._workers: dict[str, _Worker] = {}
+        self._infos: dict[str, WorkerInfo] = {}  # of `_workers`
         self._pauses: dict[str, _Pause] = {}
         self._changes: list[Change] = []
         self._lost: list[Completion] = []
@@ -95,8 +96,8 @@ class RayPool:
 
     @property
     def workers(self) -> Mapping[str, WorkerInfo]:
-        """Live workers by name."""
-        return {name: worker.info for name, worker in self._workers.items()}
+        """Live workers by name; one and the same mapping, kept up to date."""
+        return self._infos
 
     def _first_start(self) -> None:
         import ray
@@ -113,8 +114,8 @@ class RayPool:
             self._tend()
         if not self._workers:
             raise ClusterError(
-                f"no {self._session.kind.name} worker started within {_START_SECONDS:.0f} s: devices or cores are taken "
-                "by another job, or nodes are leaving; wait, and run the same command again"
+                f"no {self._session.kind.name} worker started within {_START_SECONDS:.0f} s: devices or cores are "
+                "taken by another job, or nodes are leaving; wait, and run the same command again"
             )
 
     def submit(self, worker: str, payload: Payload) -> None:
@@ -174,6 +175,7 @@ class RayPool:
     def _lose(self, name: str, failure: Failure) -> None:
         """Forget a worker; its job, if it has one, failed with it."""
         worker = self._workers.pop(name)
+        del self._infos[name]
         where = f"worker {name} (process {worker.info.process_id})"
         messages = {
             "worker_lost": f"{where} was lost",
@@ -228,6 +230,7 @@ class RayPool:
             info = WorkerInfo(name=name, device=device, process_id=process_id, node=starting.place.node_id)
             vigil = actor.watch(starting.handle.vigil)
             self._workers[name] = _Worker(place=starting.place, handle=starting.handle, info=info, vigil=vigil)
+            self._infos[name] = info
             self._pauses.pop(name, None)
             self._changes.append(Change(worker=info))
         return failed
@@ -339,6 +342,7 @@ class RayPool:
         for handle in (*handles, *(starting.handle for starting in self._starting.values())):
             ray.kill(handle, no_restart=True)
         self._workers.clear()
+        self._infos.clear()
         self._starting.clear()
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from cluster.devices import KINDS, DeviceKind
 from cluster.errors import ClusterError
+from cluster.job import surrounding_job
 
 _CONNECT_SECONDS = 20
 
@@ -26,6 +27,7 @@ class Session:
         per_device: workers that share a device.
         dashboard: its address, or None.
         is_local: this process started Ray, and no node will join it.
+        joined: the cluster that was there before, for a person to read; None where a local one was started.
     """
 
     kind: DeviceKind
@@ -35,20 +37,21 @@ class Session:
     per_device: int
     dashboard: str | None
     is_local: bool
+    joined: str | None = None
 
 
 @contextmanager
 def ray_session(
     *, device: str, count: int | str, threads: int, per_device: int = 1, address: str | None = None
 ) -> Iterator[Session]:
-    """Connect, and disconnect on leaving. A local Ray listens on localhost only and ends with this process.
+    """Connect, and disconnect on leaving. A local Ray ends with this process; its dashboard listens on localhost only.
 
     Args:
         device: a key of `devices.KINDS`, or "auto": NPUs if the cluster has any, else GPUs, else CPU cores.
         count: workers, or "auto": one per device.
         threads: CPU cores (and torch threads) of each worker.
         per_device: workers that share a device; 1 on CPUs.
-        address: of a running cluster; None starts a local one.
+        address: of a running cluster; None joins the one whose submitted job this process is, or starts a local one.
     Raises:
         ClusterError: nobody answers at `address`, or the cluster lacks the devices.
     """
@@ -56,6 +59,10 @@ def ray_session(
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
 
+    job = surrounding_job() if address is None else None
+    joined = f"the Ray cluster at {address}" if address not in {None, "local"} else None
+    if job is not None:
+        address, joined = job.address, f"the Ray cluster at {job.address}, whose job {job.submission} this is"
     dashboard = _connect(device, count, threads, per_device, address)
     try:
         resources = ray.cluster_resources()
@@ -67,7 +74,8 @@ def ray_session(
             threads=threads,
             per_device=per_device,
             dashboard=dashboard,
-            is_local=address is None,
+            is_local=joined is None,
+            joined=joined,
         )
     finally:
         ray.shutdown()

@@ -81,7 +81,11 @@ def plan(sweep_file: Path, out: Path | None) -> int:
 @bitatlas.command()
 @_SWEEP
 @_OUT
-@click.option("--address", help="HOST:PORT of a running Ray cluster to join; a local one is started if not given.")
+@click.option(
+    "--address",
+    help="HOST:PORT of a running Ray cluster to join. If not given: inside a submitted Ray job its own cluster, else a "
+    "local one is started.",
+)
 @click.option("--workers", type=click.IntRange(min=1), help="Number of workers, instead of workers.count of the file.")
 @click.option("--report/--no-report", default=True, help="Print the map and write the page at the end.")
 def run(sweep_file: Path, out: Path | None, address: str | None, workers: int | None, *, report: bool) -> int:

@@ -20,6 +20,7 @@ from orchestrator.plan import Plan, make_plan
 if TYPE_CHECKING:
     from orchestrator.inputs import Inputs
     from orchestrator.sweep import Summary
+    from orchestrator.view import View
 
 OK, SOME_FAILED, INTERRUPTED = 0, 1, 130
 
@@ -51,6 +52,7 @@ def run_command(
     file: Path, *, out: Path | None, report: bool, address: str | None = None, workers: int | None = None
 ) -> int:
     """Run or resume a sweep; the exit status."""
+    from cluster.job import is_in_a_copy
     from cluster.ray_pool import RayPool
     from cluster.session import ray_session
     from orchestrator.cost_store import observations_file
@@ -63,6 +65,11 @@ def run_command(
     console = Console()
     sweep, variables = _read(file, console)
     layout = _layout(sweep, out)
+    if is_in_a_copy(layout.root):
+        raise BitatlasError(
+            f"--out {layout.root} lies in a Ray job's copy of its working directory, which Ray deletes after the job; "
+            "give --out an absolute path on storage that every node sees"
+        )
     claim_output(layout, sweep)
     inputs, plan = _prepare(sweep, file, console)
     if len(finished_jobs(layout, plan)) == len(plan.jobs):
@@ -78,6 +85,8 @@ def run_command(
         per_device=settings.per_device,
         address=address,
     ) as session:
+        if session.joined:
+            console.print(f"joined {session.joined}", highlight=False, markup=False, soft_wrap=True)
         if session.dashboard:
             console.print(
                 f"Ray dashboard: {session.dashboard} (if it asks for a token: ray get-auth-token)", highlight=False
@@ -95,11 +104,30 @@ def run_command(
                     pool=pool,
                     kept=observations_file(node_cache()),
                 )
-                with _interrupts(driver.stop, console):
-                    summary = driver.run(make_view(console))
+                with _interrupts(driver.stop, console), _with_metrics(make_view(console), sweep, console) as view:
+                    summary = driver.run(view)
         finally:
             pool.close()
     return _conclude(summary, file, out, layout, console, report=report)
+
+
+@contextmanager
+def _with_metrics(view: View, sweep: Sweep, console: Console) -> Iterator[View]:
+    """A view that also feeds the cluster's metrics; the view itself, with a warning, where Ray will not have them."""
+    from cluster.errors import ClusterError
+    from cluster.metrics_actor import MetricsSink
+    from orchestrator.metrics_view import MetricsView
+
+    try:
+        sink = MetricsSink(f"bitatlas-metrics-{sweep.name}")
+    except ClusterError as error:
+        console.print(f"warning: {error}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+        yield view
+        return
+    try:
+        yield MetricsView(view, sink, sweep.name)
+    finally:
+        sink.close()
 
 
 @contextmanager

@@ -40,8 +40,8 @@ class Recovery:
 
     def failed(
         self, completion: Completion, failure: Failure, schedule: Schedule, started_at: datetime, rows: Rows
-    ) -> None:
-        """A worker's job failed: try it again, or give it up.
+    ) -> bool:
+        """A worker's job failed: try it again, or give it up; whether it is tried again.
 
         Args:
             completion: whose `failure` it is.
@@ -69,6 +69,7 @@ class Recovery:
                 self.redone.append(needed.id)
                 redone = self._events.of_job("redone", needed, completion.worker, attempt, error=failure.message)
                 rows["events"].append(redone)
+        return retry
 
     def _give_up(self, job: Job, worker: str, failure: Failure, started_at: datetime, rows: Rows) -> None:
         self.told.append(f"{job.label}: {failure.message}")

@@ -139,6 +139,7 @@ class Driver:
             BitatlasError: the disk is full or read-only; what was committed stays.
         """
         began = time.monotonic()
+        self._view = view
         self._write_sweep()
         remove_unfinished(self._layout.artifacts)
         done = finished_jobs(self._layout, self._plan)
@@ -274,7 +275,8 @@ class Driver:
                 self._finish(schedule, completion, rows)
             else:
                 job = schedule.running[completion.worker]
-                self._recovery.failed(completion, completion.failure, schedule, self._started[job.id], rows)
+                retry = self._recovery.failed(completion, completion.failure, schedule, self._started[job.id], rows)
+                self._view.attempted(job, completion, retry=retry)
                 stopping = completion.failure if completion.failure.policy.stops_sweep else stopping
         for whole in dict.fromkeys(row["whole_id"] for row in rows["slices"]):
             if self._merge(whole, schedule, rows):
@@ -291,6 +293,7 @@ class Driver:
 
     def _finish(self, schedule: Schedule, completion: Completion, rows: dict[str, list[dict[str, Any]]]) -> None:
         job = schedule.finish(completion.worker)
+        self._view.attempted(job, completion)
         self._finished += 1
         worker, times = self._events.workers[completion.worker], (self._started[job.id], datetime.now(UTC))
         event, status = "reused" if completion.result.get("reused") else "finished", "ok"

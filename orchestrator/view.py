@@ -12,8 +12,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from cluster.pool import WorkerInfo
-from orchestrator.plan import Plan
+from cluster.pool import Completion, WorkerInfo
+from orchestrator.plan import Job, Plan
 from orchestrator.schedule import Schedule
 
 _LINE_SECONDS = 30.0
@@ -32,6 +32,9 @@ class View(Protocol):
     def update(self, schedule: Schedule, activity: Mapping[str, str]) -> None:
         """Called several times a second."""
 
+    def attempted(self, job: Job, completion: Completion, *, retry: bool = False) -> None:
+        """An attempt at a job came back; `retry`: it failed and will be tried again."""
+
     def warn(self, text: str) -> None:
         """Something that should be known before the night is spent."""
 
@@ -48,6 +51,9 @@ class QuietView:
         """Nothing."""
 
     def update(self, schedule: Schedule, activity: Mapping[str, str]) -> None:
+        """Nothing."""
+
+    def attempted(self, job: Job, completion: Completion, *, retry: bool = False) -> None:
         """Nothing."""
 
     def warn(self, text: str) -> None:
@@ -126,6 +132,9 @@ class LiveView:
         self._activity = {}
         self._live.stop()
 
+    def attempted(self, job: Job, completion: Completion, *, retry: bool = False) -> None:
+        """Nothing: the schedule says what ended."""
+
     def warn(self, text: str) -> None:
         """Print it above the table, where it stays."""
         self._live.console.print(Text(f"warning: {text}", style="yellow"))
@@ -183,6 +192,9 @@ class LineView:
                 f"{worker}: {job.label} {activity.get(worker, '')}".rstrip() for worker, job in schedule.running.items()
             )
             self._print(f"[{self._position(schedule)}] left ~{self._counts.remaining()}; {doing}")
+
+    def attempted(self, job: Job, completion: Completion, *, retry: bool = False) -> None:
+        """Nothing: the schedule says what ended."""
 
     def warn(self, text: str) -> None:
         """Print it."""

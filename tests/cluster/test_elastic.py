@@ -59,7 +59,6 @@ def test_a_node_that_joins_brings_its_workers_and_one_that_leaves_loses_nothing(
     pool.submit(first, {"sleep": 5.0, "echo": "stays"})
     pool.submit(busy, {"sleep": 120.0})
     os.kill(node.all_processes["raylet"][0].process.pid, signal.SIGKILL)
-    made.remove_node(node, allow_graceful=False)
     done = until(lambda: len(pool.workers) == 1 and pool._workers[first].job is None, pool)
     completions = {completion.worker: completion for completion in done}
     assert completions[first].result["echo"] == "stays"
@@ -69,6 +68,7 @@ def test_a_node_that_joins_brings_its_workers_and_one_that_leaves_loses_nothing(
         (busy, "node_lost"),
         (idle, "node_lost"),
     }
+    made.remove_node(node, allow_graceful=False)
     pool.submit(first, {"echo": "goes on"})
     assert until(lambda: pool._workers[first].job is None, pool)[0].result["echo"] == "goes on"
 

@@ -160,3 +160,11 @@ def test_more_workers_than_devices_is_refused(pool):
         session._count(session.KINDS["simulated-npu"], 3, 1, 1, ray.cluster_resources())
     with pytest.raises(ClusterError, match="no GPU"):
         session._settle("cuda", ray.cluster_resources())
+
+
+def test_actors_are_named_by_device(pool):
+    import ray
+
+    assert set(ray.util.list_named_actors()) == set(pool.workers)
+    handle = ray.get_actor(min(pool.workers))
+    assert min(pool.workers) in repr(ray.get(handle.__repr__.remote()))
