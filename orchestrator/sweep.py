@@ -154,6 +154,7 @@ class Driver:
         view.begin(self._plan, schedule, self._pool.workers, lambda: self._time_left(schedule))
         interrupted = False
         try:
+            self._note_changes(schedule)
             self._hand_out(schedule)
             while not schedule.done:
                 if self.stop.is_set():
@@ -263,12 +264,15 @@ class Driver:
             self._pool.submit(worker, payload_of(job, self._inputs, self._layout, memory_share=share))
             self._rows["events"].append(self._events.of_job("started", job, worker, schedule.attempts[job.id]))
 
+    def _note_changes(self, schedule: Schedule) -> None:
+        for change in self._pool.changes():
+            self._recovery.note(change, schedule, self._rows)
+
     def _collect(self, schedule: Schedule) -> None:
         stopping: Failure | None = None
         rows = self._rows
         completions = self._pool.wait(_POLL_SECONDS)
-        for change in self._pool.changes():
-            self._recovery.note(change, schedule, rows)
+        self._note_changes(schedule)  # first: they say which job a lost worker had
         for completion in completions:
             self._rows_work += completion.seconds
             if completion.failure is None:
