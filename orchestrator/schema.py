@@ -141,7 +141,7 @@ EVENTS = Table(
     {
         "sweep": "string",
         "session": "string",  # one start of the driver
-        # session_started|started|finished|reused|merged|failed|retried|worker_lost|warning|session_ended
+        # session_started|started|finished|reused|merged|failed|retried|redone|worker_joined|worker_lost|warning|session_ended
         "event": "string",
         "job_id": "string",
         "cell_id": "string",
