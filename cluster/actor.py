@@ -40,7 +40,7 @@ class Recipe:
     environment: Mapping[str, str]
 
 
-class Actor:
+class WorkerActor:
     """Lives in the worker process."""
 
     def __init__(self, recipe: Recipe, name: str) -> None:
@@ -107,7 +107,7 @@ def start(recipe: Recipe, place: Place) -> Any:
         options["num_gpus"] = 1 / recipe.per_device
     if recipe.environment:
         options["runtime_env"] = {"env_vars": dict(recipe.environment)}
-    return ray.remote(concurrency_groups={_WATCH: _WATCH_THREADS}, **options)(Actor).remote(recipe, place.name)
+    return ray.remote(concurrency_groups={_WATCH: _WATCH_THREADS}, **options)(WorkerActor).remote(recipe, place.name)
 
 
 def watch(method: Any) -> Any:

@@ -56,6 +56,7 @@ def run_command(
     from cluster.ray_pool import RayPool
     from cluster.session import ray_session
     from orchestrator.cost_store import observations_file
+    from orchestrator.damage import damaged_parts
     from orchestrator.models.source import node_cache
     from orchestrator.store import Store
     from orchestrator.sweep import Driver, claim_output, finished_jobs
@@ -72,7 +73,8 @@ def run_command(
         )
     claim_output(layout, sweep)
     inputs, plan = _prepare(sweep, file, console)
-    if len(finished_jobs(layout, plan)) == len(plan.jobs):
+    # A damaged part is for the driver to set aside, and its jobs are then not done.
+    if layout.sweep.exists() and not damaged_parts(layout) and len(finished_jobs(layout, plan)) == len(plan.jobs):
         console.print(f"all {len(plan.jobs)} jobs of {layout.root} are done already")
         if report:
             report_command(layout.root, console)
@@ -179,9 +181,9 @@ def plan_command(file: Path, *, out: Path | None) -> int:
     """Print what a sweep would do."""
     from orchestrator.cost_store import observations_file
     from orchestrator.forecast import describe, devices_of, forecast
+    from orchestrator.history import read_history
     from orchestrator.models.source import node_cache
     from orchestrator.rows import size_columns
-    from orchestrator.store import events_of
     from orchestrator.sweep import claim_output, finished_jobs
 
     console = Console()
@@ -189,7 +191,8 @@ def plan_command(file: Path, *, out: Path | None) -> int:
     layout = _layout(sweep, out)
     claim_output(layout, sweep)
     inputs, plan = _prepare(sweep, file, console)
-    done = finished_jobs(layout, plan)
+    history = read_history(layout.root)
+    done = finished_jobs(layout, plan, history.states())
     table = Table(title=f"{sweep.name}: {len(plan.cells)} cells, {len(plan.jobs)} jobs, {len(done)} done")
     table.add_column("cell")
     for heading in ("jobs", "done", "bits/weight", "checkpoint MB"):
@@ -213,7 +216,7 @@ def plan_command(file: Path, *, out: Path | None) -> int:
     largest = max(model.shape.fp_bytes for model in inputs.models.values())
     console.print(f"output: {layout.root}; a worker maps at most {largest / 1e6:.0f} MB of weights", highlight=False)
     devices = devices_of(sweep.workers)
-    events = events_of(layout.root)
+    events = history.observed()
     found = forecast(plan.jobs, inputs, devices, events=events, kept=observations_file(node_cache()))
     if found.warning:
         console.print(f"warning: {found.warning}", style="yellow", markup=False, highlight=False, soft_wrap=True)

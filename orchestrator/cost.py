@@ -129,8 +129,9 @@ def estimate(
         device: as `device_key` names it.
         nominal: operations per second where nothing was observed.
     """
-    work = works(jobs, inputs)
-    return {job.id: work[job.id] * observations.rate(device, kind_of(job), nominal) for job in jobs}
+    work, kinds = works(jobs, inputs), {job.id: kind_of(job) for job in jobs}
+    rates = {kind: observations.rate(device, kind, nominal) for kind in set(kinds.values())}
+    return {name: work[name] * rates[kind] for name, kind in kinds.items()}
 
 
 def makespan(jobs: Iterable[Job], seconds: Mapping[str, float], workers: int) -> float:

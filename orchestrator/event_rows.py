@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from datetime import UTC, datetime
+from collections.abc import Callable, Mapping
+from datetime import datetime
 from typing import Any
 
 from cluster.pool import WorkerInfo
@@ -15,22 +15,27 @@ class EventRows:
 
     Attributes:
         workers: name -> worker, those that have left among them.
+        now: the time, for rows beside events.
     """
 
-    def __init__(self, *, sweep: str, session: str, workers: Mapping[str, WorkerInfo]) -> None:
+    def __init__(
+        self, *, sweep: str, session: str, workers: Mapping[str, WorkerInfo], now: Callable[[], datetime]
+    ) -> None:
         """Begin a session.
 
         Args:
             sweep: its name.
             session: the store's.
             workers: that are there already.
+            now: the store's clock, by which no event is earlier than the one before.
         """
+        self.now = now
         self._sweep, self._session = sweep, session
         self.workers = dict(workers)
 
     def row(self, event: str, **more: Any) -> dict[str, Any]:
         """Something that happens now."""
-        return {"sweep": self._sweep, "session": self._session, "event": event, "at": datetime.now(UTC)} | more
+        return {"sweep": self._sweep, "session": self._session, "event": event, "at": self.now()} | more
 
     def of_job(self, event: str, job: Job, worker: str, attempt: int, **more: Any) -> dict[str, Any]:
         """Something that happens to a job on a worker."""

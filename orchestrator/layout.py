@@ -44,3 +44,7 @@ class Layout:
     def table(self, name: str) -> Path:
         """The directory of one table's parts."""
         return self.root / name
+
+    def set_aside(self, name: str) -> Path:
+        """Where damaged parts of a table are moved to."""
+        return self.root / "set_aside" / name

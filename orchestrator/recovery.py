@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any
 
 from cluster.failures import Attempts, Failure
@@ -84,7 +84,7 @@ class Recovery:
                 replace(failure, message=where + failure.message),
                 worker=self._events.workers.get(worker),
                 started_at=started_at,
-                finished_at=datetime.now(UTC),
+                finished_at=self._events.now(),
             )
         )
 

@@ -141,7 +141,8 @@ EVENTS = Table(
     {
         "sweep": "string",
         "session": "string",  # one start of the driver
-        # session_started|started|finished|reused|merged|failed|retried|redone|worker_joined|worker_lost|warning|session_ended
+        # session_started|started|finished|reused|merged|failed|retried|redone|worker_joined|worker_lost|warning|
+        # session_ended; set_aside: a damaged part held rows of this job, which is to be done again
         "event": "string",
         "job_id": "string",
         "cell_id": "string",

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -18,10 +18,15 @@ from rich.text import Text
 from orchestrator.config import read_sweep
 from orchestrator.errors import BitatlasError
 from orchestrator.layout import Layout
-from orchestrator.store import events_of
+from orchestrator.schema import EVENTS
+from orchestrator.store import read_table
 from orchestrator.view import clock
 
-_ENDED = {"finished", "reused", "failed"}
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+_ENDED = ["finished", "reused", "failed"]
+_COLUMNS = ["session", "event", "job_id", "job", "worker", "status", "error", "seconds", "jobs", "at"]
 _REFRESH_SECONDS = 2.0
 _LATEST = 8  # jobs that ended, and troubles, that a watched screen has room for
 
@@ -36,7 +41,7 @@ class Progress:
         done: jobs whose rows are there, failed ones left out.
         failed: the events of jobs that failed for good.
         running: the events by which running jobs started.
-        ended: the events of the latest session's ended jobs, in order.
+        ended: the events of the latest session's jobs that ended last, in order.
         warnings: each once.
         total: jobs of the plan; None where no session has said so yet.
         state: of the latest session, in words.
@@ -74,37 +79,52 @@ def read_progress(directory: Path) -> Progress:
     layout = Layout(directory)
     if not layout.sweep.exists():
         raise BitatlasError(f"{directory} holds no sweep (no sweep.yaml); give the --out directory of `bitatlas run`")
-    return progress_of(read_sweep(layout.sweep).name, events_of(directory), datetime.now(UTC))
+    return progress_of(read_sweep(layout.sweep).name, read_table(directory, EVENTS, _COLUMNS), datetime.now(UTC))
 
 
-def progress_of(name: str, events: Sequence[Event], now: datetime) -> Progress:
-    """What events say. Pure.
+def progress_of(name: str, events: pa.Table, now: datetime) -> Progress:
+    """What events say. Pure. Of many events few become Python objects: those that are told one by one.
 
     Args:
         name: of the sweep.
-        events: in the order in which they happened.
+        events: columns `_COLUMNS` of the events table.
         now: by which the time left is told.
     """
-    latest: dict[str, Event] = {event["job_id"]: event for event in events if event["job_id"]}
-    ended = [event for event in latest.values() if event["event"] in _ENDED]
-    failed = [event for event in ended if event["event"] == "failed"]
-    sessions = [event for event in events if event["event"] in {"session_started", "session_ended"}]
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    def of(*kinds: str) -> Any:
+        return pc.field("event").isin(kinds)
+
+    events = events.sort_by("at")
+    numbered = events.select(["job_id"]).append_column("row", pa.array(range(events.num_rows), pa.int64()))
+    by_job = numbered.filter(pc.field("job_id").is_valid()).group_by("job_id", use_threads=False)
+    latest = events.take(by_job.aggregate([("row", "max")])["row_max"].sort())
+    ended, failed = latest.filter(of(*_ENDED)), latest.filter(of("failed")).to_pylist()
+    sessions = events.filter(of("session_started", "session_ended")).to_pylist()
     is_over = bool(sessions) and sessions[-1]["event"] == "session_ended"
     # Of the latest session: what an earlier, killed driver started runs no more.
-    own = [event for event in latest.values() if sessions and event["session"] == sessions[-1]["session"]]
-    warnings = [event for event in events if event["event"] == "warning"]
+    own = latest.filter(_is_of(sessions[-1]["session"])) if sessions else latest.slice(0, 0)
+    warnings = events.filter(of("warning")).to_pylist()
+    own_ended = own.filter(of(*_ENDED))
     return Progress(
         name=name,
-        done=len(ended) - len(failed),
+        done=ended.num_rows - len(failed),
         failed=failed,
-        running=[] if is_over else [event for event in own if event["event"] == "started"],
-        ended=sorted((event for event in own if event["event"] in _ENDED), key=lambda event: event["at"]),
+        running=[] if is_over else own.filter(of("started")).to_pylist(),
+        ended=own_ended.slice(max(own_ended.num_rows - _LATEST, 0)).to_pylist(),
         warnings=list(dict.fromkeys(f"{event['job']}: {event['error']}" for event in warnings)),
         total=next((event["jobs"] for event in reversed(sessions) if event["jobs"] is not None), None),
         state=_state(sessions),
         left=_left(sessions[-1], now) if sessions and not is_over else "",
         is_over=is_over,
     )
+
+
+def _is_of(session: str | None) -> Any:
+    import pyarrow.compute as pc
+
+    return pc.field("session").is_null() if session is None else pc.field("session") == session
 
 
 def print_status(directory: Path, console: Console) -> int:
@@ -152,7 +172,7 @@ def _screen(progress: Progress) -> RenderableType:
         parts.append(ProgressBar(total=progress.total, completed=min(progress.done, progress.total), width=60))
     parts += _running(progress)
     if progress.ended:
-        parts.append(_table(("ended", "job", "took"), map(_ended, reversed(progress.ended[-_LATEST:]))))
+        parts.append(_table(("ended", "job", "took"), map(_ended, reversed(progress.ended))))
     troubles = list(_troubles(progress))
     if len(troubles) > _LATEST:
         parts.append(Text(f"{len(troubles) - _LATEST} more before these: `bitatlas status` shows all"))

@@ -5,9 +5,10 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from orchestrator.cost_store import add_observations
 from orchestrator.errors import BitatlasError
 from orchestrator.event_rows import EventRows
 from orchestrator.forecast import Devices, forecast
+from orchestrator.history import read_history
 from orchestrator.inputs import Inputs
 from orchestrator.layout import Layout
 from orchestrator.plan import Job, Plan
@@ -31,7 +33,7 @@ from orchestrator.rows import outcome_rows
 from orchestrator.schedule import Schedule
 from orchestrator.schema import SLICES, TABLES
 from orchestrator.slices import merged_outcome, slice_row, workers_of
-from orchestrator.store import Store, events_of, job_states, read_table
+from orchestrator.store import Store, job_states, read_rows, read_table
 from orchestrator.view import View
 from orchestrator.worker import payload_of
 
@@ -80,15 +82,20 @@ def claim_output(layout: Layout, sweep: Sweep) -> None:
         raise BitatlasError(f"{layout.root} exists and is no sweep's output; choose another --out")
 
 
-def finished_jobs(layout: Layout, plan: Plan) -> set[str]:
+def finished_jobs(layout: Layout, plan: Plan, states: Mapping[str, str] | None = None) -> set[str]:
     """Ids of the plan's jobs that need not be done again: their rows are in the store (a slice's own, or its whole
-    task's), and a quantizing job's artifact is still there for the evaluations that are missing."""
-    states = job_states(layout.root) if layout.sweep.exists() else {}
+    task's), and a quantizing job's artifact is still there for the evaluations that are missing.
+
+    Args:
+        states: of `job_states`, where they are known already.
+    """
+    if states is None:
+        states = job_states(layout.root) if layout.sweep.exists() else {}
     kept = set(read_table(layout.root, SLICES, ["job_id"])["job_id"].to_pylist())
     finished = {
         job.id
         for job in plan.jobs
-        if states.get(job.whole.id) == "finished" or (job.id in kept and states.get(job.id) == "finished")
+        if states.get(job.whole_id or job.id) == "finished" or (job.id in kept and states.get(job.id) == "finished")
     }
     wanted = {job.needs for job in plan.jobs if job.id not in finished}
     return {
@@ -120,7 +127,7 @@ class Driver:
         """
         self._sweep, self._plan, self._inputs, self._layout = sweep, plan, inputs, layout
         self._store, self._pool, self._kept = store, pool, kept
-        self._events = EventRows(sweep=sweep.name, session=store.session, workers=pool.workers)
+        self._events = EventRows(sweep=sweep.name, session=store.session, workers=pool.workers, now=store.now)
         self._recovery = Recovery(sweep.name, plan, self._events)
         self._started: dict[str, datetime] = {}
         self._warnings: list[str] = []
@@ -142,9 +149,12 @@ class Driver:
         self._view = view
         self._write_sweep()
         remove_unfinished(self._layout.artifacts)
-        done = finished_jobs(self._layout, self._plan)
-        self._store.forget(name for job in self._plan.jobs if job.id not in done for name in (job.id, job.whole.id))
-        self._forget_merged_slices()
+        states = self._store.history.states()
+        done = finished_jobs(self._layout, self._plan, states)
+        self._store.forget(
+            name for job in self._plan.jobs if job.id not in done for name in (job.id, job.whole_id or job.id)
+        )
+        self._forget_merged_slices(states)
         estimates = self._estimates()
         schedule = Schedule(self._plan.jobs, done, estimates)
         self._remaining = Remaining(self._plan.jobs, estimates)
@@ -152,6 +162,8 @@ class Driver:
         begun = self._events.row("session_started", seconds=estimated, jobs=len(self._plan.jobs))
         self._store.commit({"events": [begun]})
         view.begin(self._plan, schedule, self._pool.workers, lambda: self._time_left(schedule))
+        for text in self._store.warnings:
+            view.warn(text)
         interrupted = False
         try:
             self._note_changes(schedule)
@@ -181,6 +193,9 @@ class Driver:
         self._store.commit(
             {"events": [self._events.row("session_ended", status="interrupted" if interrupted else "ended")]}
         )
+        warning = None if interrupted else self._store.compact()
+        if warning:
+            view.warn(warning)
         return Summary(
             reused=len(done),
             finished=self._finished,
@@ -197,7 +212,7 @@ class Driver:
         name, count = next(iter(Counter(info.device for info in infos).most_common(1)), (None, 1))
         kinds = (info.name.partition("@")[0].rpartition("-")[0] for info in infos)
         devices = Devices(kind=next(kinds, "cpu"), name=name, count=count, threads=self._sweep.workers.threads)
-        events = events_of(self._layout.root)
+        events = self._store.history.observed()
         found = forecast(self._plan.jobs, self._inputs, devices, events=events, kept=self._kept)
         if found.warning:
             self._warnings.append(found.warning)
@@ -208,7 +223,7 @@ class Driver:
 
     def _keep_observations(self, view: View) -> None:
         """Leave what this session's jobs took for the next sweep's estimates."""
-        events = [event for event in events_of(self._layout.root) if event["session"] == self._store.session]
+        events = read_history(self._layout.root, self._store.session).observed()
         new = observe(events, self._plan.jobs, self._inputs, threads=self._sweep.workers.threads)
         warning = add_observations(self._kept, new) if self._kept is not None and new else None
         if warning:
@@ -224,9 +239,8 @@ class Driver:
                 f"cannot write {self._layout.sweep} ({error.strerror}); choose another --out"
             ) from error
 
-    def _forget_merged_slices(self) -> None:
+    def _forget_merged_slices(self, states: Mapping[str, str]) -> None:
         """Drop what is left of slices whose tasks have their rows."""
-        states = job_states(self._layout.root)
         kept = read_table(self._layout.root, SLICES, ["job_id", "whole_id"]).to_pylist()
         self._store.forget((row["job_id"] for row in kept if states.get(row["whole_id"]) == "finished"), [SLICES])
 
@@ -258,7 +272,7 @@ class Driver:
             job = schedule.next_for(worker, workers)
             if job is None:
                 continue
-            self._started[job.id] = datetime.now(UTC)
+            self._started[job.id] = self._store.now()
             self._remaining.start(job, time.monotonic())
             share = self._recovery.memory_share(job)
             self._pool.submit(worker, payload_of(job, self._inputs, self._layout, memory_share=share))
@@ -299,7 +313,7 @@ class Driver:
         job = schedule.finish(completion.worker)
         self._view.attempted(job, completion)
         self._finished += 1
-        worker, times = self._events.workers[completion.worker], (self._started[job.id], datetime.now(UTC))
+        worker, times = self._events.workers[completion.worker], (self._started[job.id], self._store.now())
         event, status = "reused" if completion.result.get("reused") else "finished", "ok"
         if event == "finished":
             self._remaining.finish(job, completion.seconds)
@@ -352,12 +366,10 @@ class Driver:
 
         The task's rows take the place of that slice's, in the same batch: either both are finished or neither is.
         """
-        import pyarrow.compute as pc
-
         jobs = self._slices[whole_id]
         if not {job.id for job in jobs} <= schedule.finished:
             return False
-        earlier = read_table(self._layout.root, SLICES).filter(pc.field("whole_id") == whole_id).to_pylist()
+        earlier = read_rows(self._layout.root, SLICES, "whole_id", whole_id)
         new = [row for row in rows["slices"] if row["whole_id"] == whole_id]
         by_id = {row["job_id"]: row for row in (*earlier, *new)}
         parts, whole = [by_id[job.id] for job in jobs], jobs[0].whole

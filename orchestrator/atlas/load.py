@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.atlas.assemble import assemble
 from orchestrator.atlas.load_items import load_items
-from orchestrator.atlas.parts import opened, parts
+from orchestrator.atlas.parts import opened, parts, steadily
 from orchestrator.errors import BitatlasError
 from orchestrator.schema import EVENTS, LAYERS, RESULTS, Table
 
@@ -27,8 +28,8 @@ def load(directory: Path) -> Atlas:
         BitatlasError: the directory is no sweep, or one of its files cannot be read.
     """
     config = _read_sweep_file(directory)
-    results, layers, events = (_read_table(directory, table) for table in (RESULTS, LAYERS, EVENTS))
-    items = load_items(directory)
+    results, layers, events = (steadily(partial(_read_table, directory, table)) for table in (RESULTS, LAYERS, EVENTS))
+    items = steadily(partial(load_items, directory))
     return assemble(config, results, layers, events, items, default_name=directory.resolve().name)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cluster.pool import Completion, WorkerInfo
-from orchestrator import cost_store
+from orchestrator import compaction, cost_store
 from orchestrator import sweep as sweep_module
 from orchestrator.cost_store import read_observations
 from orchestrator.inputs import Inputs
@@ -148,6 +148,27 @@ def test_much_work_is_committed_at_once(run, monkeypatch):
     monkeypatch.setattr(MadeUpPool, "seconds", 3600.0)
     layout, _ = run("alone", None)
     assert parts(layout) - 2 >= 4  # two workers: whenever they came back
+
+
+def test_parts_of_a_run_that_ended_are_put_together(run, monkeypatch):
+    monkeypatch.setattr(sweep_module, "_COMMIT_SECONDS", 0.0)
+    monkeypatch.setattr(compaction, "FEW_PARTS", 2)
+    layout, view = run("out", None)
+    assert parts(layout) == 1
+    assert view.warnings == []
+    assert len(events(layout, "finished")) + len(events(layout, "reused")) == 8
+
+
+def test_a_damaged_part_is_told_and_its_jobs_are_done_again(run, monkeypatch):
+    monkeypatch.setattr(sweep_module, "_COMMIT_SECONDS", 60.0)
+    monkeypatch.setattr(sweep_module, "_COMMIT_WORK_SECONDS", 1e9)
+    layout, _ = run("out", None)
+    _, part, _ = sorted(layout.table(EVENTS.name).glob("*.parquet"))  # started, all jobs, ended
+    part.write_bytes(part.read_bytes()[:50])  # these jobs leave no rows to tell of them
+    _, view = run("out", None)
+    (warning,) = view.warnings
+    assert f"{part} was damaged and is now" in warning
+    assert (layout.set_aside("events") / part.name).exists()
 
 
 def test_a_driver_that_breaks_keeps_what_came_back(run, tmp_path, monkeypatch):

@@ -211,7 +211,7 @@ def test_kill_9_of_a_worker_costs_only_its_job(undisturbed, sweep_file, tmp_path
 def is_worker(process):
     try:
         title = " ".join(process.cmdline())
-        return title.startswith(("ray::_Actor", "ray::tiny"))  # idle, and busy with a job of that name
+        return title.startswith(("ray::WorkerActor", "ray::tiny"))  # idle, and busy with a job of that name
     except psutil.NoSuchProcess:
         return False
 

@@ -19,6 +19,10 @@ def test_the_names_under_a_sweep_s_output():
     assert set(TABLES) == {"results", "items", "layers", "slices", "events"}
 
 
+def test_damaged_parts_are_kept_apart():
+    assert Layout(Path("out")).set_aside("items") == Path("out/set_aside/items")
+
+
 def test_an_artifact_s_directory_is_its_key_s_start():
     key = "0123456789abcdef" * 4
     assert Layout(Path("out")).artifact(key) == Path("out/artifacts/0123456789abcdef0123456789abcdef")

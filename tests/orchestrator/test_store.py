@@ -9,10 +9,11 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from orchestrator import clock
 from orchestrator.errors import BitatlasError
 from orchestrator.layout import Layout
 from orchestrator.schema import EVENTS, ITEMS, LAYERS, RESULTS, SLICES, TABLES
-from orchestrator.store import Store, job_states, read_table
+from orchestrator.store import Store, job_states, read_rows, read_table
 
 BEGAN = datetime(2026, 1, 1, tzinfo=UTC)
 
@@ -177,6 +178,44 @@ def test_the_last_end_of_a_job_counts(layout):
     assert job_states(layout.root) == {"a": "finished", "b": "failed", "c": "finished", "f": "finished"}
 
 
+def test_a_clock_that_is_behind_leaves_the_order_as_it_is(layout, monkeypatch):
+    """A job fails, the sweep is taken to a machine whose clock is an hour behind, and the job is done there."""
+    sessions = []
+    for hours, kind in ((2, "failed"), (1, "finished"), (1, "failed"), (0, "finished")):
+        monkeypatch.setattr(clock, "utc_now", lambda hours=hours: BEGAN + timedelta(hours=hours))
+        with Store(layout) as store:
+            sessions.append(store.session)
+            store.commit({"events": [event("started", "a") | {"at": store.now()}]})
+            store.commit({"events": [event(kind, "a") | {"at": store.now()}]})
+    assert job_states(layout.root) == {"a": "finished"}
+    assert sessions == sorted(set(sessions))
+    times = read_table(layout.root, EVENTS)["at"].to_pylist()  # in the order of the parts' names
+    assert times == sorted(set(times))
+    assert times[-1] < BEGAN + timedelta(hours=2, seconds=5)
+
+
+def test_rows_that_have_a_value(layout):
+    with Store(layout) as store:
+        for job in ("one", "two"):
+            store.commit(batch(job))
+    assert [row["outcome"] for row in read_rows(layout.root, SLICES, "job_id", "two")] == ["{}"]
+    assert read_rows(layout.root, SLICES, "job_id", "three") == []
+    assert len(read_rows(layout.root, SLICES, "whole_id", "all of it")) == 2
+
+
+def test_a_failure_is_forgotten_under_its_task_s_id_too(layout):
+    """A slice's event of failure stands beside its task's row."""
+    with Store(layout) as store:
+        rows = {
+            "results": [{"job_id": "task", "status": "failed"}, {"job_id": "other"}],
+            "events": [event("failed", "slice")],
+        }
+        store.commit(rows | {"events": [*rows["events"], event("finished", "other")]})
+    with Store(layout) as store:
+        store.forget(["task"])
+    assert read_table(layout.root, RESULTS)["job_id"].to_pylist() == ["other"]
+
+
 def test_reading_while_a_driver_writes_and_forgets(layout):
     """Each read sees whole batches: as many items as layers, none twice."""
     stop, seen, problems = threading.Event(), [], []
@@ -228,6 +267,7 @@ FULL_DISK = """
 import resource, sys
 from datetime import UTC, datetime
 from pathlib import Path
+from orchestrator import clock
 from orchestrator.errors import BitatlasError
 from orchestrator.layout import Layout
 from orchestrator.store import Store
