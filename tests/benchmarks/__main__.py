@@ -18,6 +18,7 @@ EVALUATION = {
 # Not run unless named: they are checks or measure no peer, and memory writes 16 GB.
 OTHERS = {
     "schedule": "planning 100,000 cells and handing out their jobs to 32 workers: seconds, and the makespan",
+    "resume": "resuming a sweep with 100,000 finished jobs until its first job: seconds of each step, peak memory",
     "agreement": "log-likelihoods and metrics item by item against lm-eval's HFLM",
     "outliers": "what SmoothQuant and AWQ recover on a copy of the model with activation outliers",
     "profile": "where the time of GPTQ, AWQ and SmoothQuant goes, against the peak of matrix products",
