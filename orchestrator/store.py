@@ -155,8 +155,9 @@ class Store:
         place = self._layout.set_aside(path.parent.name) / path.name
         jobs = "1 job is" if len(job_ids) == 1 else f"{len(job_ids)} jobs are"
         text = f"{path} was damaged and is now in {place.parent}; {jobs} computed again"
-        at = self.now()
-        event = {"sweep": self.history.sweep, "session": self.session, "event": "set_aside", "error": text, "at": at}
+        events = self._layout.table(EVENTS.name) / path.name
+        sweep = read_part(events, EVENTS.arrow())["sweep"][0].as_py()
+        event = {"sweep": sweep, "session": self.session, "event": "set_aside", "error": text, "at": self.now()}
         self.commit({EVENTS.name: [event | {"job_id": job_id} for job_id in job_ids] or [event]})
         move_aside(self._layout, path)
         self.forget(job_ids)
