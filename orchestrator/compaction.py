@@ -52,7 +52,7 @@ class Batch:
 
 def is_compacted(name: str) -> bool:
     """Whether a part of this name was put together from others."""
-    match = _NAME.fullmatch(name)
+    match = _NAME.fullmatch(name) if "-c" in name else None
     return match is not None and match["times"] is not None
 
 
@@ -89,20 +89,21 @@ def visible(directory: Path) -> list[Path]:
     Raises:
         DamagedPartError, FileNotFoundError: of a part that supersedes others.
     """
-    names = _names(directory)
+    names = part_names(directory)
     while True:
         superseded: set[str] = set()
         for name in filter(is_compacted, names):
             superseded |= superseded_by(directory / name)
         # A directory is not listed at one moment: we may have missed a part that got its name meanwhile, and what it
         # supersedes, which was removed after that. A second look that begins now cannot miss it.
-        again = _names(directory) if names else names
+        again = part_names(directory) if names else names
         if set(filter(is_compacted, again)) == set(filter(is_compacted, names)):
             return [directory / name for name in names if name not in superseded]
         names = again
 
 
-def _names(directory: Path) -> list[str]:
+def part_names(directory: Path) -> list[str]:
+    """All parts that have their name, also such as others supersede, in order."""
     try:
         found = os.listdir(directory)
     except FileNotFoundError:
@@ -124,14 +125,14 @@ def compact(layout: Layout, largest: int = LARGEST_BYTES) -> None:
         DamagedPartError: a part cannot be read; what was put together before counts, and nothing is lost.
         OSError: the disk is full or read-only; the same holds.
     """
-    if max(len(_names(layout.table(name))) for name in TABLES) <= FEW_PARTS:
+    if max(len(part_names(layout.table(name))) for name in TABLES) <= FEW_PARTS:
         return
     for group in list(groups(_batches(layout), largest)):
         _put_together(layout, group)
 
 
 def _batches(layout: Layout) -> list[Batch]:
-    sizes: dict[str, int] = dict.fromkeys(_names(layout.table(EVENTS.name)), 0)
+    sizes: dict[str, int] = dict.fromkeys(part_names(layout.table(EVENTS.name)), 0)
     for table in TABLES:
         with os.scandir(layout.table(table)) as entries:
             for entry in entries:
@@ -191,7 +192,7 @@ def finish(layout: Layout) -> None:
         DamagedPartError: a part in `events/` that supersedes others.
     """
     events = layout.table(EVENTS.name)
-    for name in filter(is_compacted, _names(events)):
+    for name in filter(is_compacted, part_names(events)):
         superseded = superseded_by(events / name)
         if any((layout.table(table) / old).exists() for table in TABLES for old in superseded) or any(
             _scratch(layout.table(table), name).exists() for table in TABLES

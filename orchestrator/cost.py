@@ -78,7 +78,12 @@ class Observations:
 
 
 def observe(
-    events: Iterable[Mapping[str, Any]], jobs: Sequence[Job], inputs: Inputs, *, threads: int
+    events: Iterable[Mapping[str, Any]],
+    jobs: Sequence[Job],
+    inputs: Inputs,
+    *,
+    threads: int,
+    work: Mapping[str, float] | None = None,
 ) -> list[Observation]:
     """What finished events tell of these jobs. Reused artifacts and very short jobs tell nothing.
 
@@ -86,8 +91,10 @@ def observe(
         events: rows of the events table, in order.
         jobs: all of the plan.
         threads: of each worker.
+        work: of `works`, where it is known already.
     """
-    work, kind = works(jobs, inputs), {job.id: kind_of(job) for job in jobs}
+    work = works(jobs, inputs) if work is None else work
+    kind = {job.id: kind_of(job) for job in jobs}
     return [
         Observation(
             device=device_key(event["device"], threads),
@@ -120,7 +127,13 @@ def nominal_rate(device_kind: str, threads: int) -> float:
 
 
 def estimate(
-    jobs: Sequence[Job], inputs: Inputs, observations: Observations, *, device: str, nominal: float
+    jobs: Sequence[Job],
+    inputs: Inputs,
+    observations: Observations,
+    *,
+    device: str,
+    nominal: float,
+    work: Mapping[str, float] | None = None,
 ) -> dict[str, float]:
     """Job id -> estimated seconds on one worker.
 
@@ -128,8 +141,10 @@ def estimate(
         jobs: all of the plan, in its order.
         device: as `device_key` names it.
         nominal: operations per second where nothing was observed.
+        work: of `works`, where it is known already.
     """
-    work, kinds = works(jobs, inputs), {job.id: kind_of(job) for job in jobs}
+    work = works(jobs, inputs) if work is None else work
+    kinds = {job.id: kind_of(job) for job in jobs}
     rates = {kind: observations.rate(device, kind, nominal) for kind in set(kinds.values())}
     return {name: work[name] * rates[kind] for name, kind in kinds.items()}
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from orchestrator.compaction import part_names
 from orchestrator.errors import BitatlasError
 from orchestrator.parts import Check, check_part, job_ids_of, stream_part
 from orchestrator.schema import LAYERS, RESULTS, SLICES, TABLES
@@ -24,10 +25,10 @@ def damaged_parts(layout: Layout) -> dict[Path, Check]:
     """Parts whose bytes are not those that were written, of all tables."""
     found: dict[Path, Check] = {}
     for table in TABLES:
-        for path in sorted(layout.table(table).glob("*.parquet")):
-            check = check_part(path)
+        for name in part_names(layout.table(table)):
+            check = check_part(layout.table(table) / name)
             if not check.is_sound:
-                found[path] = check
+                found[layout.table(table) / name] = check
     return found
 
 

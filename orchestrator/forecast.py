@@ -12,6 +12,7 @@ from cluster.devices import KINDS
 from orchestrator.config import WorkersConfig
 from orchestrator.cost import Observations, device_key, estimate, makespan, nominal_rate, observe
 from orchestrator.cost_store import read_observations
+from orchestrator.work import works
 
 if TYPE_CHECKING:
     from orchestrator.inputs import Inputs
@@ -75,12 +76,13 @@ def forecast(
         kept: the file of earlier sweeps' observations; None is none.
     """
     known, warning = (Observations(), None) if kept is None else read_observations(kept)
-    known = known.plus(observe(events, jobs, inputs, threads=devices.threads))
+    work = works(jobs, inputs)
+    known = known.plus(observe(events, jobs, inputs, threads=devices.threads, work=work))
     name = devices.name or next((event["device"] for event in events if event["device"]), None)
     device = None if name is None else device_key(name, devices.threads)
     nominal = nominal_rate(devices.kind, devices.threads)
     return Forecast(
-        seconds=estimate(jobs, inputs, known, device=device or "", nominal=nominal),
+        seconds=estimate(jobs, inputs, known, device=device or "", nominal=nominal, work=work),
         jobs_seen=0 if device is None else known.count(device),
         device=device,
         nominal=nominal,

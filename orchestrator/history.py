@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 FINISHED = ("finished", "reused", "merged")
 _ENDS = (*FINISHED, "failed", "set_aside")  # what decides how a job stands, by the last of them
-_COLUMNS = ("sweep", "event", "job_id", "device", "seconds", "at")
+_COLUMNS = ("event", "job_id", "device", "seconds", "at")
 
 
 class History:
@@ -41,12 +41,6 @@ class History:
 
         latest: datetime | None = pc.max(self._events["at"]).as_py()
         return latest
-
-    @property
-    def sweep(self) -> str | None:
-        """The sweep's name; None where nothing has happened yet."""
-        name: str | None = self._events["sweep"][0].as_py() if self._events.num_rows else None
-        return name
 
     def states(self) -> dict[str, str]:
         """Job id -> `finished` (itself, or in slices) or `failed`, whichever came last; jobs with neither, and those

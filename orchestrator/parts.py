@@ -204,7 +204,7 @@ def opened(part: Path) -> Iterator[pq.ParquetFile]:
     import pyarrow.parquet as pq
 
     try:
-        with pq.ParquetFile(part, page_checksum_verification=True) as file:
+        with pa.OSFile(str(part)) as source, pq.ParquetFile(source, page_checksum_verification=True) as file:
             yield file
     except (FileNotFoundError, BitatlasError):
         raise

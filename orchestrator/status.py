@@ -79,7 +79,10 @@ def read_progress(directory: Path) -> Progress:
     layout = Layout(directory)
     if not layout.sweep.exists():
         raise BitatlasError(f"{directory} holds no sweep (no sweep.yaml); give the --out directory of `bitatlas run`")
-    return progress_of(read_sweep(layout.sweep).name, read_table(directory, EVENTS, _COLUMNS), datetime.now(UTC))
+    events = read_table(directory, EVENTS, ["sweep", *_COLUMNS])
+    names = events["sweep"].unique().drop_null()  # told by any event; reading a large sweep file takes a second
+    name = str(names[0]) if len(names) else read_sweep(layout.sweep).name
+    return progress_of(name, events, datetime.now(UTC))
 
 
 def progress_of(name: str, events: pa.Table, now: datetime) -> Progress:

@@ -8,6 +8,7 @@ many parts become few when a run is done (`compaction.py`).
 
 from __future__ import annotations
 
+import os
 import re
 import secrets
 from collections.abc import Collection, Iterable, Mapping
@@ -19,7 +20,7 @@ from filelock import FileLock, Timeout
 
 from orchestrator import compaction
 from orchestrator.clock import MonotoneClock
-from orchestrator.compaction import SUPERSEDES, visible
+from orchestrator.compaction import SUPERSEDES, part_names, visible
 from orchestrator.damage import concerned, damaged_parts, move_aside, rebuilt_events
 from orchestrator.errors import BitatlasError
 from orchestrator.history import History, read_history
@@ -123,7 +124,7 @@ class Store:
     def _follow_earlier_sessions(self) -> None:
         """Times and names of this session come after all that are there, whatever the clock says."""
         self._clock.follow(self.history.latest)
-        latest = max((path.name for path in self._layout.table(EVENTS.name).glob("*.parquet")), default="")
+        latest = max(part_names(self._layout.table(EVENTS.name)), default="")
         if latest < self.session:
             return
         stamp = re.match(r"\d{8}T\d{6}", latest)
@@ -154,8 +155,9 @@ class Store:
         place = self._layout.set_aside(path.parent.name) / path.name
         jobs = "1 job is" if len(job_ids) == 1 else f"{len(job_ids)} jobs are"
         text = f"{path} was damaged and is now in {place.parent}; {jobs} computed again"
-        at = self.now()
-        event = {"sweep": self.history.sweep, "session": self.session, "event": "set_aside", "error": text, "at": at}
+        events = self._layout.table(EVENTS.name) / path.name
+        sweep = read_part(events, EVENTS.arrow())["sweep"][0].as_py()
+        event = {"sweep": sweep, "session": self.session, "event": "set_aside", "error": text, "at": self.now()}
         self.commit({EVENTS.name: [event | {"job_id": job_id} for job_id in job_ids] or [event]})
         move_aside(self._layout, path)
         self.forget(job_ids)
@@ -202,12 +204,13 @@ class Store:
             raise _disk_error(path.parent, error) from error
 
     def _remove_uncommitted(self) -> None:
-        committed = {path.name for path in self._layout.table(EVENTS.name).glob("*.parquet")}
+        committed = set(part_names(self._layout.table(EVENTS.name)))
         for name in TABLES:
             table = self._layout.table(name)
-            for path in (*table.glob("*.parquet"), *table.glob(".*.tmp")):
-                if path.name not in committed:
-                    path.unlink(missing_ok=True)
+            with os.scandir(table) as entries:
+                left = [entry.name for entry in entries if entry.name.endswith((".parquet", ".tmp"))]
+            for part in set(left) - committed:
+                (table / part).unlink(missing_ok=True)
 
     def forget(self, job_ids: Iterable[str], tables: Collection[Table] | None = None) -> None:
         """Drop the rows of jobs that are about to be tried again; their events stay.

@@ -7,8 +7,9 @@ of the observed rates in `cost.py`. Letters: I in_features, O out_features, T to
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
+from functools import cache
 from math import ceil
 from typing import TYPE_CHECKING
 
@@ -92,18 +93,29 @@ def works(jobs: Iterable[Job], inputs: Inputs) -> dict[str, float]:
     """
     found: dict[str, float] = {}
     collected: set[tuple[str, str, bool]] = set()
+    alike: dict[Hashable, float] = {}  # a plan has hundreds of thousands of jobs, and few that differ in their work
+    shares: dict[int, bool | None] = {}
     for job in jobs:
         cell, shape = job.cell, inputs.models[job.cell.model].shape
+        kind: Hashable
         if job.evaluation is not None:
-            windows = inputs.windows.get((cell.model, job.evaluation.key))
-            found[job.id] = evaluate_work(shape, job, (0, 0) if windows is None else (len(windows), windows.shape[1]))
+            count = None if job.slice is None else job.slice.count
+            kind = (cell.model, id(job.evaluation), count, cell.scheme is None)
+            if kind not in alike:
+                windows = inputs.windows.get((cell.model, job.evaluation.key))
+                size = (0, 0) if windows is None else (len(windows), windows.shape[1])
+                alike[kind] = evaluate_work(shape, job, size)
+            found[job.id] = alike[kind]
         elif cell.scheme is not None:
             calibration = cell.calibration
             windows = inputs.calibrations[cell.model, calibration.key] if calibration else None
             size = (0, 0) if windows is None else (len(windows), windows.shape[1])
-            method = cell.scheme.build()
-            found[job.id] = quantize_work(shape, method, *size)
-            shared = _shared_statistics(cell.scheme)
+            kind = (cell.model, id(cell.scheme), size)
+            if kind not in alike:
+                alike[kind] = quantize_work(shape, cell.scheme.build(), *size)
+                shares[id(cell.scheme)] = _shared_statistics(cell.scheme)
+            found[job.id] = alike[kind]
+            shared = shares[id(cell.scheme)]
             if shared is not None and calibration is not None:
                 key = (cell.model, calibration.key, shared)
                 if key not in collected:
@@ -234,15 +246,26 @@ def task_size(name: str) -> TaskSize:
 
 def num_blocks(shape: ModelShape) -> int:
     """Decoder blocks, told by the numbers in the linears' names."""
-    return len({_block_of(name) for name in shape.linears})
+    return _num_blocks(tuple(shape.linears))
+
+
+@cache
+def _num_blocks(names: tuple[str, ...]) -> int:
+    return len({_block_of(name) for name in names})
 
 
 def stage_inputs(shape: ModelShape) -> list[int]:
     """in_features of every stage: linears that share their input are one."""
+    return [shape.linears[name][1] for name in _first_of_stages(tuple(shape.linears))]
+
+
+@cache
+def _first_of_stages(names: tuple[str, ...]) -> list[str]:
+    """Of every stage the first linear. Asked for each scheme of a model, of which a sweep may have thousands."""
     from quantizers.families import FAMILIES
 
     followers = {name for family in FAMILIES.values() for stage in family.stages for name in stage[1:]}
-    return [inputs for name, (_, inputs) in shape.linears.items() if _within_block(name) not in followers]
+    return [name for name in names if _within_block(name) not in followers]
 
 
 def _block_of(name: str) -> str:

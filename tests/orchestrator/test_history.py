@@ -29,7 +29,7 @@ def commit(layout, *batches):
 
 def test_nothing_yet(layout):
     history = read_history(layout.root)
-    assert (history.latest, history.sweep, history.states(), history.observed()) == (None, None, {}, [])
+    assert (history.latest, history.states(), history.observed()) == (None, {}, [])
 
 
 def test_the_last_end_counts_and_what_was_set_aside_has_none(layout):
@@ -41,7 +41,7 @@ def test_the_last_end_counts_and_what_was_set_aside_has_none(layout):
     )
     history = read_history(layout.root)
     assert history.states() == {"a": "finished", "c": "finished", "d": "failed"}
-    assert (history.latest, history.sweep) == (BEGAN + timedelta(seconds=5), "s")
+    assert history.latest == BEGAN + timedelta(seconds=5)
 
 
 def test_where_rows_may_be(layout):
