@@ -1,7 +1,7 @@
 """Every metric that a sweep exports, declared once, and the plain data that carries their values. No Ray here.
 
-Ray puts `ray_` before a name; a counter gets `_total` behind it, a histogram `_bucket`, `_count` and `_sum`. Each
-series also says `NodeAddress`, `WorkerId` and `SessionName` by itself.
+Ray puts `ray_` before a name; a counter gets `_total` behind it, a histogram `_bucket`, `_count` and `_sum`, which adds
+up the middles of buckets. Each series also says `NodeAddress`, `WorkerId` and `SessionName` by itself.
 """
 
 from __future__ import annotations
@@ -70,6 +70,12 @@ METRICS = (
         description="Seconds that finished jobs took on their workers, loading included; by stage: a task, a corpus.",
         tags=("sweep", "stage"),
         boundaries=(0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0, 10000.0, 30000.0),
+    ),
+    Metric(
+        name="bitatlas_worker_seconds",
+        kind="counter",
+        description="Seconds that workers spent on attempts, failed ones included; by stage.",
+        tags=("sweep", "stage"),
     ),
     Metric(
         name="bitatlas_tokens",

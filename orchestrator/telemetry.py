@@ -38,6 +38,7 @@ class Telemetry:
         self._tokens_per_second: dict[Tags, float] = {}
         self._tokens: Counter[Tags] = Counter()
         self._retries: Counter[Tags] = Counter()
+        self._spent: dict[Tags, float] = {}
         self._seconds: list[tuple[Tags, float]] = []
 
     def attempted(self, job: Job, completion: Completion, *, retry: bool = False) -> None:
@@ -46,6 +47,9 @@ class Telemetry:
         Args:
             retry: it failed and will be tried again.
         """
+        stage = (self._sweep, job.task)
+        if completion.seconds > 0:
+            self._spent[stage] = self._spent.get(stage, 0.0) + completion.seconds
         if completion.failure is not None:
             if retry:
                 self._retries[self._sweep, completion.failure.kind] += 1
@@ -55,10 +59,10 @@ class Telemetry:
             self._peaks[completion.worker] = outcome["peak_memory_bytes"]
         if outcome.get("reused"):
             return  # found there already: it took no time
-        self._seconds.append(((self._sweep, job.task), completion.seconds))
+        self._seconds.append((stage, completion.seconds))
         tokens = tokens_of(outcome)
         if tokens:
-            self._tokens[self._sweep, job.task] += tokens
+            self._tokens[stage] += tokens
             before = self._rates.get(job.task, (0, 0.0))
             self._rates[job.task] = (before[0] + tokens, before[1] + completion.seconds)
 
@@ -91,7 +95,11 @@ class Telemetry:
             gauges["bitatlas_remaining_seconds"] = {(self._sweep,): remaining}
         return Snapshot(
             gauges=gauges,
-            counters={"bitatlas_tokens": dict(self._tokens), "bitatlas_retries": dict(self._retries)},
+            counters={
+                "bitatlas_worker_seconds": dict(self._spent),
+                "bitatlas_tokens": dict(self._tokens),
+                "bitatlas_retries": dict(self._retries),
+            },
             observed={"bitatlas_stage_seconds": observed} if observed else {},
         )
 

@@ -29,7 +29,7 @@ CLUSTER = """
 import json, sys
 from ray.cluster_utils import Cluster
 node = {"num_cpus": 1, "resources": {"NPU": 1}}
-head = {"include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": 0}
+head = {"include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": 0, "dashboard_agent_listen_port": 0}
 cluster = Cluster(initialize_head=True, head_node_args=node | head)
 cluster.add_node(**node)
 print("cluster", json.dumps({

@@ -118,7 +118,9 @@ def test_seconds_are_observed_once_and_reuse_is_none(telemetry, schedule, plan):
     telemetry.attempted(task, came_back(9.0, reused=True))
     telemetry.attempted(task, Completion(worker="a", failure=Failure(kind="error", message="m"), seconds=9.0))
     stages = [("study", "boolq-passages"), ("study", "arc_easy")]
-    assert look(telemetry, schedule).observed == {"bitatlas_stage_seconds": list(zip(stages, [2.0, 3.0], strict=True))}
+    snapshot = look(telemetry, schedule)
+    assert snapshot.observed == {"bitatlas_stage_seconds": list(zip(stages, [2.0, 3.0], strict=True))}
+    assert snapshot.counters["bitatlas_worker_seconds"] == {stages[0]: 2.0, stages[1]: 3.0 + 9.0 + 9.0}
     assert look(telemetry, schedule).observed == {}
 
 
