@@ -50,12 +50,13 @@ def wait_until(condition, seconds=60):
         time.sleep(0.1)
 
 
-def actor_process(name):
+def actor_process(session, name):
     """Once it runs."""
     from ray.util.state import list_actors
 
     def alive():
-        return [actor.pid for actor in list_actors(detail=True) if (actor.name, actor.state) == (name, "ALIVE")]
+        actors = list_actors(address=session.dashboard, detail=True)  # of this Ray, whatever others there are
+        return [actor.pid for actor in actors if (actor.name, actor.state) == (name, "ALIVE")]
 
     wait_until(alive)
     return alive()[0]
@@ -79,9 +80,9 @@ def test_a_snapshot_is_at_the_endpoint(make_sink):
     assert at_the_endpoint("bitatlas_jobs", "a") == [5.0]
 
 
-def test_sending_never_waits_and_loses_nothing(make_sink):
+def test_sending_never_waits_and_loses_nothing(make_sink, session):
     sink = make_sink("metrics b")
-    process = actor_process("metrics b")
+    process = actor_process(session, "metrics b")
     os.kill(process, signal.SIGSTOP)
     try:
         began = time.monotonic()
@@ -94,19 +95,19 @@ def test_sending_never_waits_and_loses_nothing(make_sink):
     assert at_the_endpoint("bitatlas_stage_seconds_sum", "b")[0] > 0
 
 
-def test_killed_it_comes_back_and_is_told_all_that_was_counted(make_sink):
+def test_killed_it_comes_back_and_is_told_all_that_was_counted(make_sink, session):
     sink = make_sink("metrics c")
-    first = actor_process("metrics c")
+    first = actor_process(session, "metrics c")
     assert sink.send(snapshot("c", 7))
     os.kill(first, signal.SIGKILL)
-    wait_until(lambda: sink.send(snapshot("c", 8)) and actor_process("metrics c") != first)
+    wait_until(lambda: sink.send(snapshot("c", 8)) and actor_process(session, "metrics c") != first)
     wait_until(lambda: sink.send(snapshot("c", 9)))
     wait_until(lambda: at_the_endpoint("bitatlas_retries_total", "c")[-1:] == [9.0])
 
 
-def test_gone_for_good_it_disturbs_nobody(make_sink):
+def test_gone_for_good_it_disturbs_nobody(make_sink, session):
     sink = make_sink("metrics d")
-    actor_process("metrics d")
+    actor_process(session, "metrics d")
     sink.close()
     for number in range(3):
         sink.send(snapshot("d", number))
@@ -114,8 +115,8 @@ def test_gone_for_good_it_disturbs_nobody(make_sink):
     sink.close()
 
 
-def test_a_name_that_is_taken_is_told(make_sink):
+def test_a_name_that_is_taken_is_told(make_sink, session):
     make_sink("metrics e")
-    actor_process("metrics e")
+    actor_process(session, "metrics e")
     with pytest.raises(ClusterError, match="metrics are not exported"):
         make_sink("metrics e")
