@@ -52,10 +52,14 @@ def wait_until(condition, seconds=60):
 
 def actor_process(name):
     """Once it runs."""
+    import ray
     from ray.util.state import list_actors
 
+    address = ray.get_runtime_context().gcs_address  # there may be other Rays on this machine
+
     def alive():
-        return [actor.pid for actor in list_actors(detail=True) if (actor.name, actor.state) == (name, "ALIVE")]
+        actors = list_actors(address, detail=True)
+        return [actor.pid for actor in actors if (actor.name, actor.state) == (name, "ALIVE")]
 
     wait_until(alive)
     return alive()[0]

@@ -107,9 +107,11 @@ def test_more_workers_than_devices_is_refused(pool):
 
 def test_actors_are_named_by_device(pool):
     """Last: the first worker was lost and replaced."""
+    import ray
     from ray.util.state import list_actors
 
-    actors = {actor.name: actor for actor in list_actors(detail=True) if actor.class_name == "_Actor"}
+    address = ray.get_runtime_context().gcs_address  # there may be other Rays on this machine
+    actors = {actor.name: actor for actor in list_actors(address, detail=True) if actor.class_name == "_Actor"}
     assert set(actors) == {"simulated-npu-0", "simulated-npu-0 (2)", "simulated-npu-1"}
     assert {actor.repr_name for actor in actors.values()} == set(pool.workers)
     assert actors["simulated-npu-0"].state == "DEAD"
