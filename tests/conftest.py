@@ -28,7 +28,6 @@ STARTS = {
     "test_sandbox_references": SOON,
     "test_divergence_memory": SOON,
     "test_failures_end_to_end": FIRST,
-    "test_ray_job": LAST,
     "test_ray_pool": LAST,
     "test_elastic": LAST,
     "test_metrics_actor": LAST,

@@ -206,6 +206,9 @@ class NoPool:
             f"npu-{index}@host": WorkerInfo(name=f"npu-{index}@host", device="910B", process_id=1) for index in range(8)
         }
 
+    def changes(self):
+        return []
+
     def submit(self, worker, payload):
         raise FirstJob
 

@@ -21,7 +21,7 @@ from cluster.metrics import METRICS
 from orchestrator.schema import EVENTS, RESULTS
 from orchestrator.store import read_table
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(900)]
 
 BITATLAS = [sys.executable, "-c", "from orchestrator.cli import main; main()"]
 JOBS = 14  # 5 cells x 2 evaluations, 4 of them quantized
