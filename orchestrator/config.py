@@ -382,4 +382,6 @@ def resolved(sweep: Sweep) -> str:
     document["grid"] = [scheme.as_entry() for scheme in sweep.grid]
     if sweep.data is None:
         del document["data"]
-    return yaml.safe_dump(document, sort_keys=False, width=120)
+    dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # the same text, several times faster
+    text: str = yaml.dump(document, Dumper=dumper, sort_keys=False, width=120)
+    return text

@@ -8,6 +8,7 @@ median so that a job that was held up does not count, and the rest so that one j
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
@@ -28,6 +29,7 @@ SHORTEST_SECONDS = 1.0
 # of their kind, and the next sweep's model may be another one.
 LEAST_KEPT_WORK = 25e9
 _OWN_WEIGHT = 2
+_MOST_SEEN = 1000  # of a kind on a device, the latest: a median of more is no better
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,21 +96,18 @@ def observe(
         work: of `works`, where it is known already.
     """
     work = works(jobs, inputs) if work is None else work
-    kind = {job.id: kind_of(job) for job in jobs}
-    return [
-        Observation(
-            device=device_key(event["device"], threads),
-            kind=kind[event["job_id"]],
-            job_id=event["job_id"],
-            rate=event["seconds"] / work[event["job_id"]],
-            work=work[event["job_id"]],
-        )
-        for event in events
-        if event["event"] == "finished"
-        and event["device"]
-        and work.get(event["job_id"], 0) > 0
-        and (event["seconds"] or 0) >= SHORTEST_SECONDS
-    ]
+    by_id, seen, found = {job.id: job for job in jobs}, Counter[tuple[str, str]](), []
+    for event in reversed(list(events)):
+        name, device, seconds = event["job_id"], event["device"], event["seconds"]
+        if event["event"] != "finished" or not device or work.get(name, 0) <= 0 or (seconds or 0) < SHORTEST_SECONDS:
+            continue
+        kind = kind_of(by_id[name])
+        seen[device, kind] += 1
+        if seen[device, kind] <= _MOST_SEEN:
+            key, operations = device_key(device, threads), work[name]
+            item = Observation(device=key, kind=kind, job_id=name, rate=seconds / operations, work=operations)
+            found.append(item)
+    return found[::-1]
 
 
 def device_key(device: str, threads: int) -> str:

@@ -277,21 +277,16 @@ def status(directory):
 
 def show(console, figures):
     table = Table(title=f"A driver resumed with {FINISHED:,} jobs finished, until its first job")
-    for heading in ("", "parts", "MB", *_STEPS, "all, s", "CPU s", "peak MB", "status, s"):
-        table.add_column(heading, justify="right" if heading else "left")
+    table.add_column("seconds")
     for form, found in figures.items():
-        took = found["resume"]
-        steps = (f"{took['steps'].get(step, 0.0):.2f}" for step in _STEPS)
-        rest = (took["seconds"], took["processor_seconds"])
-        table.add_row(
-            form,
-            f"{found['parts']:,}",
-            f"{found['megabytes']:.1f}",
-            *steps,
-            *(f"{value:.2f}" for value in rest),
-            f"{took['peak_megabytes']:.0f}",
-            f"{found['status']['seconds']:.2f}",
-        )
+        table.add_column(f"{form}: {found['parts']:,} files, {found['megabytes']:.1f} MB", justify="right")
+    resumed = [found["resume"] for found in figures.values()]
+    for step in _STEPS:
+        table.add_row(step, *(f"{took['steps'].get(step, 0.0):.2f}" for took in resumed))
+    table.add_row("all", *(f"{took['seconds']:.2f}" for took in resumed))
+    table.add_row("of the processor", *(f"{took['processor_seconds']:.2f}" for took in resumed))
+    table.add_row("peak MB, the plan's among them", *(f"{took['peak_megabytes']:.0f}" for took in resumed))
+    table.add_row("bitatlas status", *(f"{found['status']['seconds']:.2f}" for found in figures.values()))
     console.print(table)
 
 

@@ -265,7 +265,7 @@ def test_an_older_part_without_some_columns_is_read(tmp_path: Path) -> None:
 def test_a_broken_part_of_the_items_is_named(tmp_path: Path) -> None:
     directory = write_sweep(tmp_path, config=CONFIG, results=[], items=[])
     (directory / "items" / "bad.parquet").write_bytes(b"not parquet at all")
-    with pytest.raises(BitatlasError, match=r"bad\.parquet is not a readable Parquet file"):
+    with pytest.raises(BitatlasError, match=r"bad\.parquet is damaged, not a readable Parquet file"):
         load(directory)
 
 
