@@ -189,7 +189,7 @@ def resumed(stopped, cluster, sweep_file):
     name = cluster.submit(*BITATLAS, "run", sweep_file, "--out", out, "--no-report")
     wait_until(lambda: len(events(out, "finished")) > before or cluster.is_over(name))
     actors = [actor for actor in cluster.state("actors") if actor["state"] == "ALIVE"]
-    (victim,) = [actor for actor in actors if actor["name"] == "simulated-npu-0"]
+    victim = next(actor for actor in actors if actor["name"].startswith("simulated-npu-0@"))
     busy = {row["job"] for row in events(out, "started")}
     os.kill(victim["pid"], signal.SIGKILL)
     status, log = cluster.wait(name)
