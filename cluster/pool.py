@@ -23,12 +23,11 @@ Payload = Mapping[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerInfo:
-    """A worker's name (`cpu-0@host`), device, and what files it shares with others: those of its node."""
+    """A worker's name (`cpu-0@host`) and device."""
 
     name: str
     device: str
     process_id: int
-    node: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,10 +42,10 @@ class Completion:
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """A worker that joined or left the pool.
+    """A worker that joined or left the pool, or did not start.
 
     Args:
-        reason: why it left; None where it joined.
+        reason: why it is not there; None where it joined.
     """
 
     worker: WorkerInfo

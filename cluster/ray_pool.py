@@ -40,6 +40,7 @@ class _Worker:
     info: WorkerInfo
     vigil: Any  # a reference that fails when the process ends
     job: Any = None  # a reference to the result of the job that it has
+    since: float = 0.0  # when it got the job
     question: Any = None
     line: str = ""
     heard: float = 0.0  # when its job was last known to get on
@@ -88,7 +89,7 @@ class RayPool:
         self._infos: dict[str, WorkerInfo] = {}  # of `_workers`
         self._pauses: dict[str, _Pause] = {}
         self._changes: list[Change] = []
-        self._lost: list[Completion] = []
+        self._done: list[Completion] = []  # not handed on yet
         self._tended_at = self._alive_at = time.monotonic()
         self._asked_at = 0.0
         self._place()
@@ -123,7 +124,8 @@ class RayPool:
         mine = self._workers[worker]
         name = str(payload.get("label", "job"))
         mine.job = mine.handle.run.options(name=name).remote(payload)
-        mine.line, mine.heard = "", time.monotonic()
+        mine.line = ""
+        mine.since = mine.heard = time.monotonic()
 
     def wait(self, seconds: float) -> list[Completion]:
         """Completions so far, waiting up to `seconds` for the first.
@@ -138,17 +140,17 @@ class RayPool:
             starting = [starting.described for starting in self._starting.values()]
             if starting:
                 ray.wait(starting, timeout=seconds)
-            elif not self._lost:
+            elif not self._done:
                 time.sleep(seconds)
             ready = []
         else:
-            ready, _ = ray.wait(list(running), num_returns=1, timeout=0 if self._lost else seconds)
+            ready, _ = ray.wait(list(running), num_returns=1, timeout=0 if self._done else seconds)
             if ready:  # whatever else has ended meanwhile
                 ready, _ = ray.wait(list(running), num_returns=len(running), timeout=0)
         for reference in ready:
             self._complete(running[reference])
         self._tend()
-        done, self._lost = self._lost, []
+        done, self._done = self._done, []
         return done
 
     def changes(self) -> list[Change]:
@@ -164,12 +166,12 @@ class RayPool:
         try:
             result, failure, seconds = ray.get(worker.job)
         except ray.exceptions.RayTaskError as error:  # the job cannot even be read, or its result not be sent
-            self._lost.append(Completion(worker=name, failure=classify(error)))
+            self._done.append(Completion(worker=name, failure=classify(error)))
         except ray.exceptions.RayError as error:
             self._lose(name, classify(error))
             return
         else:
-            self._lost.append(Completion(worker=name, result=result, failure=failure, seconds=seconds))
+            self._done.append(Completion(worker=name, result=result, failure=failure, seconds=seconds))
         worker.job, worker.line = None, ""
 
     def _lose(self, name: str, failure: Failure) -> None:
@@ -190,7 +192,7 @@ class RayPool:
         # A process that is out of reach may still hold its device.
         actor.end(worker.handle, worker.place.node_id, worker.info.process_id)
         if worker.job is not None:
-            self._lost.append(Completion(worker=name, failure=failure, seconds=time.monotonic() - worker.heard))
+            self._done.append(Completion(worker=name, failure=failure, seconds=time.monotonic() - worker.since))
         self._changes.append(Change(worker=worker.info, reason=failure))
 
     def _tend(self) -> None:
@@ -199,7 +201,9 @@ class RayPool:
         if now - self._tended_at < _TEND_SECONDS:
             return
         self._tended_at = now
-        for name, _ in self._adopt_started():  # whoever has no worker at all is told below
+        for name, error in self._adopt_started():
+            told = Failure(kind="worker_lost", message=f"worker {name} did not start: {_last_line(error)}")
+            self._changes.append(Change(worker=WorkerInfo(name=name, device="", process_id=0), reason=told))
             pause = self._pauses.get(name)
             seconds = min(2 * pause.seconds if pause else 1.0, _LONGEST_PAUSE_SECONDS)
             self._pauses[name] = _Pause(until=now + seconds, seconds=seconds)
@@ -207,7 +211,7 @@ class RayPool:
         self._ask(now)
         self._find_stuck(now)
         self._place()
-        if not self._lost:
+        if not self._done:
             self._check_alive(now)
 
     def _adopt_started(self) -> list[tuple[str, Exception]]:
@@ -227,7 +231,7 @@ class RayPool:
             except ray.exceptions.RayError as error:
                 failed.append((name, error))
                 continue
-            info = WorkerInfo(name=name, device=device, process_id=process_id, node=starting.place.node_id)
+            info = WorkerInfo(name=name, device=device, process_id=process_id)
             vigil = actor.watch(starting.handle.vigil)
             self._workers[name] = _Worker(place=starting.place, handle=starting.handle, info=info, vigil=vigil)
             self._infos[name] = info
@@ -297,7 +301,7 @@ class RayPool:
             self._starting[place.name] = _Starting(place, handle, handle.describe.remote(), now)
 
     def _check_alive(self, now: float) -> None:
-        if self._workers or self._starting:
+        if self._workers:
             self._alive_at = now
             return
         is_hopeless = self._session.is_local and not self._hosts  # a local Ray that lost its node has no other

@@ -102,7 +102,7 @@ def devices_of(settings: WorkersConfig) -> Devices:
     if kind in {"cuda", "npu"}:
         found = _device_count(kind)
         name = str(torch.get_device_module(kind).get_device_name(0)) if found else None
-        count = settings.count if isinstance(settings.count, int) else max(found, 1)
+        count = settings.count if isinstance(settings.count, int) else max(found, 1) * settings.per_device
         assumed = settings.count == "auto" and not found
         return Devices(kind=kind, name=name, count=count, threads=settings.threads, assumed=assumed)
     name = claim(KINDS["cpu"]).name

@@ -25,7 +25,7 @@ class Telemetry:
         """
         self._sweep = sweep
         self._jobs = len(plan.jobs)
-        self._cell_of = {job.id: job.cell.id for job in plan.jobs}
+        self._cell_of = {job.id: job.cell.id for job in plan.jobs}  # of jobs that have not ended yet
         self._left = Counter(self._cell_of.values())  # jobs of each cell that have not ended
         self._cells = len(self._left)
         self._begun: set[str] = set()  # cells with some jobs ended, none failed and others left
@@ -128,9 +128,9 @@ class Telemetry:
     def _follow(self, schedule: Schedule) -> None:
         """Take in what has ended since the last time."""
         for name in schedule.ended[self._ended :]:
-            cell = self._cell_of.get(name)
+            cell = self._cell_of.pop(name, None)
             if cell is None:
-                continue  # of the store, and no longer of the plan
+                continue  # of the store and no longer of the plan, or done again
             self._left[cell] -= 1
             if name in schedule.failed or name in schedule.skipped:
                 self._failed.add(cell)

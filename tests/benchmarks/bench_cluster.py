@@ -15,30 +15,14 @@ import time
 from contextlib import closing, contextmanager
 from pathlib import Path
 
-import numpy as np
 from rich.console import Console
-from rich.table import Table
+
+from tests.benchmarks.made_up import document, made_up, show
 
 NODES, NPUS = 4, 8
 WORKERS = NODES * NPUS
-CELLS = 640
 MEAN_SECONDS = 6.0
 LONGEST_SECONDS = 60.0
-DOCUMENT = {
-    "name": "asleep",
-    "models": [{"name": f"m{index}", "source": f"far/m{index}"} for index in range(4)],
-    "grid": [
-        {
-            "method": "gptq",
-            "weight_bits": [1, 2, 3, 4, 5, 6, 7, 8],
-            "group_size": [32, 64, 128, "per_channel"],
-            "options": {"damping": [0.01, 0.02, 0.05, 0.1, 0.2]},
-        }
-    ],
-    "calibration": {"corpus": "lambada", "samples": 8, "sequence_length": 128},
-    "evaluation": {"perplexity": [{"corpus": "boolq-passages", "sequence_length": 256}]},
-    "workers": {"device": "simulated-npu"},
-}
 
 
 class Sleeper:
@@ -99,18 +83,21 @@ def measure(root):
         closing(RayPool(session, "tests.benchmarks.bench_cluster:Sleeper")) as pool,
     ):
         figures = sweep(pool, Path(directory) / "out")
-    show(Console(width=140), figures)
+    show(Console(), f"{NODES} simulated nodes of {NPUS} NPUs, jobs asleep", figures)
     return figures
 
 
 def sweep(pool, out):
     from orchestrator.layout import Layout
+    from orchestrator.plan import make_plan
     from orchestrator.schema import EVENTS
     from orchestrator.store import Store, read_table
     from orchestrator.sweep import Driver
     from orchestrator.view import QuietView
 
-    plan, document, inputs = made_up()
+    dampings = (0.01, 0.02, 0.05, 0.1, 0.2)
+    asked, inputs = made_up(document(4, damping=dampings, act_order=[True], workers={"device": "simulated-npu"}))
+    plan = make_plan(asked, inputs.identities)
     seconds = {job.id: seconds_of(job.label) for job in plan.jobs}
     assert len(pool.workers) == WORKERS
 
@@ -122,7 +109,7 @@ def sweep(pool, out):
 
     layout = Layout(out)
     with Store(layout) as store, Watched(pool) as watched:
-        driver = Asleep(sweep=document, plan=plan, inputs=inputs, layout=layout, store=store, pool=watched)
+        driver = Asleep(sweep=asked, plan=plan, inputs=inputs, layout=layout, store=store, pool=watched)
         began, cpu = time.perf_counter(), time.thread_time()
         summary = driver.run(QuietView())
         makespan, spent = time.perf_counter() - began, time.thread_time() - cpu
@@ -174,39 +161,3 @@ class Watched:
         while not self._over.wait(1.0):
             pages = int(Path(f"/proc/{os.getpid()}/statm").read_text().split()[1])
             self.peak_bytes = max(self.peak_bytes, pages * resource.getpagesize())
-
-
-def made_up():
-    """A plan, its sweep and inputs for jobs that look at no model."""
-    from orchestrator.config import parse_sweep
-    from orchestrator.inputs import Inputs, ModelInput
-    from orchestrator.models.loading import ModelShape
-    from orchestrator.plan import Identities, make_plan
-
-    document = parse_sweep(DOCUMENT, "asleep.yaml")
-    (evaluation,), models = document.evaluation.perplexity, [model.name for model in document.models]
-    identities = Identities(
-        models={model: f"weights of {model}" for model in models},
-        calibrations={(model, item.key): item.key for model in models for item in document.calibration},
-        evaluations={(model, evaluation.key): "tokens" for model in models},
-    )
-    shape = ModelShape(linears={"a": (64, 64)}, fp_bytes=10_000, bits_per_value=16, max_positions=2048, vocabulary=256)
-    tokens = np.zeros((2, 64), np.int64)
-    inputs = Inputs(
-        models={
-            model: ModelInput(source=model, dtype="auto", directory=Path(model), digest=model, shape=shape)
-            for model in models
-        },
-        windows={(model, evaluation.key): tokens for model in models},
-        calibrations={(model, item.key): tokens for model in models for item in document.calibration},
-        identities=identities,
-    )
-    return make_plan(document, identities), document, inputs
-
-
-def show(console, figures):
-    table = Table(title=f"{NODES} simulated nodes of {NPUS} NPUs, jobs asleep")
-    for name in figures:
-        table.add_column(name.replace("_", " "), justify="right")
-    table.add_row(*(f"{value:,}" if isinstance(value, int) else f"{value:.3f}" for value in figures.values()))
-    console.print(table)

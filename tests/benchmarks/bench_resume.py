@@ -19,23 +19,11 @@ from unittest.mock import patch
 from rich.console import Console
 from rich.table import Table
 
+from tests.benchmarks.made_up import document, made_up
+
 MODELS = 5
 FINISHED = 100_000
 JOBS_PER_BATCH = 50
-DOCUMENT = {
-    "name": "large",
-    "models": [{"name": f"m{index}", "source": f"far/m{index}"} for index in range(MODELS)],
-    "grid": [
-        {
-            "method": "gptq",
-            "weight_bits": [1, 2, 3, 4, 5, 6, 7, 8],
-            "group_size": [32, 64, 128, "per_channel"],
-            "options": {"damping": [0.01, 0.02, 0.05, 0.1], "act_order": [True, False]},
-        }
-    ],
-    "calibration": [{"corpus": "lambada", "samples": 8, "sequence_length": 128, "seed": seed} for seed in range(40)],
-    "evaluation": {"perplexity": [{"corpus": "boolq-passages", "sequence_length": 256}]},
-}
 _STEPS = ("open the store", "job states", "finished jobs", "forget", "slices", "estimates", "schedule", "remaining")
 
 
@@ -65,37 +53,11 @@ def _in_a_process(command, directory):
 
 
 def sweep_of():
-    import numpy as np
+    """A sweep, its inputs and its plan."""
+    from orchestrator.plan import make_plan
 
-    from orchestrator.config import parse_sweep
-    from orchestrator.inputs import Inputs, ModelInput
-    from orchestrator.models.loading import ModelShape
-    from orchestrator.plan import Identities, make_plan
-
-    sweep = parse_sweep(DOCUMENT, "large.yaml")
-    evaluation, names = sweep.evaluation.perplexity[0], [model.name for model in sweep.models]
-    identities = Identities(
-        models={name: f"weights of {name}" for name in names},
-        calibrations={(name, item.key): item.key for name in names for item in sweep.calibration},
-        evaluations={(name, evaluation.key): "tokens" for name in names},
-    )
-    shape = ModelShape(
-        linears={f"model.layers.{block}.mlp.{name}": (576, 1536) for block in range(30) for name in ("up", "down")},
-        fp_bytes=1 << 28,
-        bits_per_value=16,
-        max_positions=2048,
-        vocabulary=49_152,
-    )
-    inputs = Inputs(
-        models={
-            name: ModelInput(source="far", dtype="auto", directory=Path("far"), digest=name, shape=shape)
-            for name in names
-        },
-        calibrations={(name, item.key): np.zeros((8, 128), np.int64) for name in names for item in sweep.calibration},
-        windows={(name, evaluation.key): np.zeros((16, 256), np.int64) for name in names},
-        identities=identities,
-    )
-    return sweep, inputs, make_plan(sweep, identities)
+    sweep, inputs = made_up(document(MODELS, seeds=40))
+    return sweep, inputs, make_plan(sweep, inputs.identities)
 
 
 def rows_of(job, inputs, store):

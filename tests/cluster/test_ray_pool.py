@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -148,6 +149,23 @@ def alive(process):
             return file.read().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+def test_a_worker_that_does_not_start_again_is_told_and_tried_on(pool, monkeypatch):
+    broken = replace(pool._recipe, factory="tests.cluster.test_ray_pool:NoSuchWorker")
+    worker = min(pool.workers)
+    pool.changes()
+    with monkeypatch.context() as patch:
+        patch.setattr(pool, "_recipe", broken)
+        os.kill(pool.workers[worker].process_id, signal.SIGKILL)
+        changes, deadline = [], time.monotonic() + 60
+        while len(changes) < 2:
+            assert time.monotonic() < deadline
+            assert pool.wait(0.2) == []
+            changes += pool.changes()
+    assert f"worker {worker} did not start: " in changes[1].reason.message
+    assert "NoSuchWorker" in changes[1].reason.message
+    await_worker(pool, worker)
 
 
 def test_more_workers_than_devices_is_refused(pool):

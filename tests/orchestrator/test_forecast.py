@@ -82,6 +82,7 @@ def test_workers_of_a_sweep_file(monkeypatch):
 @pytest.mark.skipif(importlib.util.find_spec("torch_npu") is not None, reason="there may be an NPU here")
 def test_accelerators_that_are_not_here():
     assert devices_of(WorkersConfig(device="npu")) == Devices(kind="npu", name=None, count=1, assumed=True)
+    assert devices_of(WorkersConfig(device="npu", per_device=2)).count == 2
     assert devices_of(WorkersConfig(device="npu", count=64)) == Devices(kind="npu", name=None, count=64)
 
 
