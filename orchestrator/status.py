@@ -217,7 +217,8 @@ def _state(sessions: Sequence[Event]) -> str:
     last = sessions[-1]
     if last["event"] == "session_started":
         return f"a driver started {last['at']:%Y-%m-%d %H:%M:%S} UTC and has not ended (running, or killed)"
-    return f"{last['status']} {last['at']:%Y-%m-%d %H:%M:%S} UTC"
+    why = f": {last['error']}" if last["error"] else ""
+    return f"{last['status']} {last['at']:%Y-%m-%d %H:%M:%S} UTC{why}"
 
 
 def _left(started: Event, now: datetime) -> str:

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.atlas.assemble import assemble
 from orchestrator.atlas.load_items import load_items
-from orchestrator.atlas.parts import opened, parts, steadily
+from orchestrator.compaction import visible
 from orchestrator.errors import BitatlasError
+from orchestrator.parts import opened, steadily
 from orchestrator.schema import EVENTS, LAYERS, RESULTS, Table
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def _read_sweep_file(directory: Path) -> dict[str, Any]:
 def _read_table(directory: Path, table: Table) -> list[dict[str, Any]]:
     """Rows of all parts in the order of their names; a column that an older part lacks is null."""
     rows: list[dict[str, Any]] = []
-    for part in parts(directory, table):
+    for part in visible(directory / table.name):
         with opened(part) as file:
             known = [name for name in table.columns if name in file.schema_arrow.names]
             rows.extend(file.read(columns=known).to_pylist())

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.atlas.parts import opened, parts
 from orchestrator.atlas.rows import ItemKey, ItemScores
+from orchestrator.compaction import visible
+from orchestrator.parts import opened
 from orchestrator.schema import ITEMS
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def load_items(directory: Path) -> dict[ItemKey, ItemScores]:
         BitatlasError: one of the parts cannot be read.
     """
     pieces: dict[ItemKey, list[tuple[npt.NDArray[Any], ...]]] = defaultdict(list)
-    for part in parts(directory, ITEMS):
+    for part in visible(directory / ITEMS.name):
         with opened(part) as file:
             for table in _batches(file):
                 for key, arrays in _groups(table):

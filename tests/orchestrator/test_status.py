@@ -136,6 +136,17 @@ def test_a_retry_that_worked_is_no_failure(sweep_directory):
     assert "; interrupted 20" in text
 
 
+def test_a_session_that_broke_says_why(sweep_directory):
+    commit(
+        sweep_directory,
+        {"event": "session_started"},
+        {"event": "session_ended", "status": "broken", "error": "no worker is left"},
+    )
+    text = told(sweep_directory)[1]
+    assert "; broken 20" in text
+    assert " UTC: no worker is left" in text
+
+
 def test_jobs_of_a_killed_driver_run_no_more_once_another_session_ended(sweep_directory):
     commit(
         sweep_directory,
