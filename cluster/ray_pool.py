@@ -1,7 +1,7 @@
 """`Pool` on Ray: one actor per place that the cluster has, for as long as it has it.
 
-Nodes may join and leave. Once a second the pool looks at the cluster: it starts workers at new places, forgets those of
-nodes that are gone, starts lost ones again, and ends those whose job shows no sign of life.
+Nodes may join and leave. Every few seconds the pool looks at the cluster: it starts workers at new places, forgets
+those of nodes that are gone, starts lost ones again, and ends those whose job shows no sign of life.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from cluster.session import Session
 
 _START_SECONDS = 180.0
 _TEND_SECONDS = 1.0
+_LOOK_SECONDS = 3.0  # between looks at the cluster's nodes; sooner after a worker was lost
 _LONGEST_PAUSE_SECONDS = 60.0  # between attempts to start a worker that does not start
 _GIVE_UP_SECONDS = 600.0  # without any worker, on a cluster whose nodes may come back
-_MOST_QUESTIONS_PER_SECOND = 5  # to workers, about what they are doing
+_MOST_QUESTIONS_PER_SECOND = 3  # to workers, about what they are doing
 
 
 @dataclass
@@ -91,7 +92,7 @@ class RayPool:
         self._changes: list[Change] = []
         self._done: list[Completion] = []  # not handed on yet
         self._tended_at = self._alive_at = time.monotonic()
-        self._asked_at = 0.0
+        self._asked_at = self._looked_at = 0.0
         self._place()
         self._first_start()
 
@@ -191,12 +192,13 @@ class RayPool:
         )
         # A process that is out of reach may still hold its device.
         actor.end(worker.handle, worker.place.node_id, worker.info.process_id)
+        self._looked_at = 0.0
         if worker.job is not None:
             self._done.append(Completion(worker=name, failure=failure, seconds=time.monotonic() - worker.since))
         self._changes.append(Change(worker=worker.info, reason=failure))
 
     def _tend(self) -> None:
-        """Once a second: who has started, who is gone, who hangs, what is missing."""
+        """Once a second: who has started, who is gone, who hangs; and now and then, what is missing."""
         now = time.monotonic()
         if now - self._tended_at < _TEND_SECONDS:
             return
@@ -210,7 +212,9 @@ class RayPool:
         self._find_lost()
         self._ask(now)
         self._find_stuck(now)
-        self._place()
+        if now - self._looked_at >= _LOOK_SECONDS:
+            self._looked_at = now
+            self._place()
         if not self._done:
             self._check_alive(now)
 
@@ -296,7 +300,8 @@ class RayPool:
                 break
             try:
                 handle = actor.start(self._recipe, place)
-            except ValueError:  # the name belongs to one that is ending; the next round finds it free
+            except ValueError:  # the name belongs to one that is ending; the next round may find it free
+                self._looked_at = 0.0
                 continue
             self._starting[place.name] = _Starting(place, handle, handle.describe.remote(), now)
 

@@ -34,6 +34,9 @@ SUPERSEDES = "bitatlas.supersedes"
 LARGEST_BYTES = 1 << 28
 # So many parts are no burden to anyone, and the files of a small sweep stay as they were written.
 FEW_PARTS = 16
+# So many are put together while a sweep runs, so that a driver that is killed leaves few to the next one. It takes
+# about a second, in which nobody is given a job.
+MANY_PARTS = 128
 _NAME = re.compile(r"(?P<batch>.+?)(?:-c(?P<times>\d+))?\.parquet")
 
 
@@ -128,7 +131,7 @@ def compact(layout: Layout, largest: int = LARGEST_BYTES) -> None:
     if max(len(part_names(layout.table(name))) for name in TABLES) <= FEW_PARTS:
         return
     for group in list(groups(_batches(layout), largest)):
-        _put_together(layout, group)
+        put_together(layout, group)
 
 
 def _batches(layout: Layout) -> list[Batch]:
@@ -141,7 +144,14 @@ def _batches(layout: Layout) -> list[Batch]:
     return [Batch(name=name, size=size) for name, size in sizes.items()]
 
 
-def _put_together(layout: Layout, group: Sequence[str]) -> None:
+def put_together(layout: Layout, group: Sequence[str]) -> str:
+    """Put batches together; the name of the new one.
+
+    Args:
+        group: their names, in order.
+    Raises:
+        DamagedPartError, OSError: as `compact`.
+    """
     name = compacted_name(group)
     try:
         for table in TABLES.values():
@@ -151,6 +161,7 @@ def _put_together(layout: Layout, group: Sequence[str]) -> None:
         undo(layout)
         raise
     _switch(layout, name, group)
+    return name
 
 
 def _write(directory: Path, table: Table, name: str, group: Sequence[str]) -> None:

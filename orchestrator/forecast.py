@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +54,7 @@ class Forecast:
         jobs_seen: finished jobs on this device that rates were fitted to; 0 is a nominal rate.
         device: as rates name it.
         nominal: operations per second of a worker of which nothing is known.
+        work: job id -> floating-point operations.
         warning: what was wrong with the kept rates, if anything.
     """
 
@@ -61,6 +62,7 @@ class Forecast:
     jobs_seen: int
     device: str | None
     nominal: float
+    work: Mapping[str, float] = field(default_factory=dict)
     warning: str | None = None
 
 
@@ -86,6 +88,7 @@ def forecast(
         jobs_seen=0 if device is None else known.count(device),
         device=device,
         nominal=nominal,
+        work=work,
         warning=warning,
     )
 

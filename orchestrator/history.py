@@ -33,7 +33,7 @@ class History:
             events: columns `_COLUMNS`, and `part`, an index into `parts`.
             parts: the names of the parts.
         """
-        self._events, self._parts = events.sort_by("at"), parts
+        self._events, self._parts = events.sort_by("at"), list(parts)
 
     @property
     def latest(self) -> datetime | None:
@@ -55,9 +55,8 @@ class History:
     def last_ended_in(self, part: str) -> set[str]:
         """The jobs whose last end, in whatever way, stands in a part of this name."""
         ends = self._of(_ENDS)
-        index = self._parts.index(part)
         last = dict(zip(ends["job_id"].to_pylist(), ends["part"].to_pylist(), strict=True))
-        return {job_id for job_id, place in last.items() if place == index and job_id is not None}
+        return {job_id for job_id, place in last.items() if self._parts[place] == part and job_id is not None}
 
     def batches_of(self, job_ids: Collection[str]) -> tuple[set[str], set[str]]:
         """The names of the batches that may hold rows of these jobs: any rows, and rows that say that they failed.
@@ -70,6 +69,11 @@ class History:
         done = self._of(FINISHED)
         done = done.filter(pc.is_in(done["job_id"], pa.array(list(job_ids), pa.string())))
         return self._names(done), self._names(self._of(["failed"]))
+
+    def put_together(self, parts: Collection[str], name: str) -> None:
+        """What stood in these parts stands in one of this name now."""
+        gone = set(parts)
+        self._parts = [name if part in gone else part for part in self._parts]
 
     def observed(self) -> list[dict[str, Any]]:
         """`event`, `job_id`, `device` and `seconds` of all that finished, in order: what estimates are fitted to."""

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal
 
 from evaluators.corpora import Corpus
@@ -60,7 +61,7 @@ class Cell:
         """Bits per weight code; 16 for the unquantized model."""
         return self.scheme.weight_bits if self.scheme else UNQUANTIZED_BITS
 
-    @property
+    @cached_property
     def label(self) -> str:
         """`smollm2-135m gptq-w4-g64`."""
         return f"{self.model} {self.scheme.label if self.scheme else FP}"
@@ -191,7 +192,7 @@ class _Point:
 
     def __init__(self, scheme: Scheme) -> None:
         self.scheme = scheme
-        self._label, self._entry, self._code_version = scheme.label, scheme.as_entry(), scheme.build().code_version
+        self._label, self._entry, self._code_version = scheme.label, scheme.as_entry(), scheme.code_version
 
     def cell(
         self, model: str, weights: str, dtype: str, calibration: CalibrationConfig | None, tokens: str | None

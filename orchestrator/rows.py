@@ -112,7 +112,7 @@ def failure_row(
 
 
 def _run_columns(job: Job, worker: WorkerInfo | None, started_at: datetime, finished_at: datetime) -> dict[str, Any]:
-    method = job.cell.scheme.build().code_version if job.cell.scheme else "fp"
+    method = job.cell.scheme.code_version if job.cell.scheme else "fp"
     return {
         "worker": worker.name if worker else None,
         "device": worker.device if worker else None,

@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import json
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.errors import BitatlasError
@@ -110,14 +110,19 @@ class Scheme:
         entry = {name: getattr(self, name) for name in _FIELDS if name not in left_out}
         return entry | {"group_size": self.group_size or "per_channel", "options": json.loads(self.options)}
 
-    @property
+    @cached_property
+    def code_version(self) -> str:
+        """Of the method: what it computes changes with it."""
+        return self.build().code_version
+
+    @cached_property
     def row_options(self) -> str:
         """What tables call options, as JSON: the method's, with what else tells its grids apart."""
         entry = self.as_entry()
         options = {name: entry[name] for name in GRID_OPTIONS if name in entry} | entry["options"]
         return json.dumps(options, sort_keys=True)
 
-    @property
+    @cached_property
     def label(self) -> str:
         """Short and readable: `gptq-w4-g64`, `rtn-w8-pc-sym`."""
         from quantizers.methods import method_class

@@ -3,7 +3,7 @@
 Rows are committed in batches. Each table's part of a batch is written beside and renamed; the part in `events/` comes
 last and makes the batch count. What a killed driver left without that part is removed by the next one, so a job is
 either finished with all its rows, or not at all. Damaged parts are set aside when the store is opened (`damage.py`);
-many parts become few when a run is done (`compaction.py`).
+many parts become few while a run goes on and when it is done (`compaction.py`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import re
 import secrets
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,6 +64,7 @@ class Store:
         self._clock = MonotoneClock()
         self.session = self._session_at(self.now())
         self.warnings: list[str] = []
+        self._small: list[str] = []  # batches that were not put together yet, in order
 
     def __enter__(self) -> Store:
         """Make the directories, take the lock, and bring the parts in order: what an interrupted batch left is removed,
@@ -114,6 +115,9 @@ class Store:
         compaction.finish(self._layout)
         self._remove_uncommitted()
         self.history = read_history(self._layout.root)
+        self._small = [
+            name for name in part_names(self._layout.table(EVENTS.name)) if not compaction.is_compacted(name)
+        ]
         self._follow_earlier_sessions()
         damaged = {path: check for path, check in damaged.items() if path.exists() and path not in events}
         if damaged:
@@ -178,6 +182,7 @@ class Store:
         for table in sorted(TABLES.values(), key=lambda table: table is EVENTS):  # events last
             if rows.get(table.name):
                 self._write(table, name, rows[table.name])
+        self._small.append(name)
 
     def _write(self, table: Table, name: str, rows: list[dict[str, Any]]) -> None:
         self._write_rows(self._layout.table(table.name) / name, table, rows, {})
@@ -252,8 +257,18 @@ class Store:
 
     def compact(self) -> str | None:
         """Put many small parts together into few; a warning where that does not work, which loses nothing."""
+        return self._try(lambda: compaction.compact(self._layout))
+
+    def tidy(self) -> str | None:
+        """Between two batches: put the oldest small ones together where they have become many; a warning as above."""
+        if len(self._small) < compaction.MANY_PARTS:
+            return None
+        oldest, self._small = self._small[: compaction.MANY_PARTS], self._small[compaction.MANY_PARTS :]
+        return self._try(lambda: self.history.put_together(oldest, compaction.put_together(self._layout, oldest)))
+
+    def _try(self, put_together: Callable[[], None]) -> str | None:
         try:
-            compaction.compact(self._layout)
+            put_together()
         except DamagedPartError as error:
             return f"the parts of {self._layout.root} stay as they are: {error}"
         except OSError as error:

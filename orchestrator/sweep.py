@@ -37,10 +37,10 @@ from orchestrator.store import Store, job_states, read_rows, read_table
 from orchestrator.view import View
 from orchestrator.worker import payload_of
 
-_POLL_SECONDS = 0.25
-# Rows are committed together where jobs are short: at the latest when they are so old, so many, or so much work (per
-# worker) that a driver killed before the commit would lose more than it saved.
-_COMMIT_SECONDS = 1.0
+_POLL_SECONDS = 0.5
+# Rows are committed at once where jobs are long. Where they are short, together: not more often than so, unless they
+# are so many, or so much work (per worker), that a driver killed before the commit would lose more than it saved.
+_COMMIT_SECONDS = 5.0
 _COMMIT_ROWS = 5000
 _COMMIT_WORK_SECONDS = 10.0
 
@@ -131,6 +131,7 @@ class Driver:
         self._recovery = Recovery(sweep.name, plan, self._events)
         self._started: dict[str, datetime] = {}
         self._warnings: list[str] = []
+        self._work: Mapping[str, float] | None = None
         self._finished = 0
         self._slices: dict[str, list[Job]] = {}  # by the whole's id
         for job in plan.jobs:
@@ -214,6 +215,7 @@ class Driver:
         devices = Devices(kind=next(kinds, "cpu"), name=name, count=count, threads=self._sweep.workers.threads)
         events = self._store.history.observed()
         found = forecast(self._plan.jobs, self._inputs, devices, events=events, kept=self._kept)
+        self._work = found.work
         if found.warning:
             self._warnings.append(found.warning)
         return found.seconds
@@ -224,7 +226,7 @@ class Driver:
     def _keep_observations(self, view: View) -> None:
         """Leave what this session's jobs took for the next sweep's estimates."""
         events = read_history(self._layout.root, self._store.session).observed()
-        new = observe(events, self._plan.jobs, self._inputs, threads=self._sweep.workers.threads)
+        new = observe(events, self._plan.jobs, self._inputs, threads=self._sweep.workers.threads, work=self._work)
         warning = add_observations(self._kept, new) if self._kept is not None and new else None
         if warning:
             view.warn(warning)
@@ -245,15 +247,15 @@ class Driver:
         self._store.forget((row["job_id"] for row in kept if states.get(row["whole_id"]) == "finished"), [SLICES])
 
     def _new_batch(self) -> None:
-        """What is not committed yet: rows, tasks put together among them, how old it is and how much work."""
+        """What is not committed yet: rows, tasks put together among them, and how much work; when the last was."""
         self._rows: dict[str, list[dict[str, Any]]] = {name: [] for name in TABLES}
         self._merged: list[str] = []
-        self._rows_since = time.monotonic()
         self._rows_work = 0.0
+        self._committed_at = time.monotonic()
 
     def _is_due(self) -> bool:
-        return (
-            time.monotonic() - self._rows_since >= _COMMIT_SECONDS
+        return bool(self._rows["events"]) and (
+            time.monotonic() - self._committed_at >= _COMMIT_SECONDS
             or self._rows_work >= _COMMIT_WORK_SECONDS * len(self._pool.workers)
             or sum(map(len, self._rows.values())) >= _COMMIT_ROWS
         )
@@ -263,6 +265,9 @@ class Driver:
         self._new_batch()  # first: what fails halfway is not committed twice
         if rows["events"]:
             self._store.commit(rows)
+            warning = self._store.tidy()
+            if warning:
+                self._warnings.append(warning)
         if merged:
             self._store.forget((job.id for whole in merged for job in self._slices[whole]), [SLICES])
 

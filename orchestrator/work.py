@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from orchestrator.inputs import Inputs
     from orchestrator.models.loading import ModelShape
     from orchestrator.plan import Job
-    from orchestrator.scheme import Scheme
     from quantizers.method import Method
 
 # Raise when the same job counts otherwise: what was observed per operation is then no longer comparable.
@@ -112,8 +111,9 @@ def works(jobs: Iterable[Job], inputs: Inputs) -> dict[str, float]:
             size = (0, 0) if windows is None else (len(windows), windows.shape[1])
             kind = (cell.model, id(cell.scheme), size)
             if kind not in alike:
-                alike[kind] = quantize_work(shape, cell.scheme.build(), *size)
-                shares[id(cell.scheme)] = _shared_statistics(cell.scheme)
+                method = cell.scheme.build()
+                alike[kind] = quantize_work(shape, method, *size)
+                shares[id(cell.scheme)] = _shared_statistics(method)
             found[job.id] = alike[kind]
             shared = shares[id(cell.scheme)]
             if shared is not None and calibration is not None:
@@ -285,11 +285,10 @@ def _decoder_weights(shape: ModelShape) -> int:
     return sum(out * inputs for out, inputs in shape.linears.values())
 
 
-def _shared_statistics(scheme: Scheme) -> bool | None:
+def _shared_statistics(method: Method) -> bool | None:
     """Whether the shared statistics of the float model include Hessians; None where the scheme wants none."""
     from quantizers.stream import needs_shared, shares_hessians
 
-    method = scheme.build()
     return shares_hessians(method) if needs_shared(method) else None
 
 

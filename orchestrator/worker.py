@@ -69,7 +69,7 @@ def payload_of(job: Job, inputs: Inputs, layout: Layout, *, memory_share: float 
         "label": job.label,
         "model": {"source": model.source, "dtype": model.dtype, "digest": model.digest},
         "scheme": cell.scheme,
-        "artifact": str(layout.artifact(cell.key).resolve()) if cell.scheme else None,
+        "artifact": str(layout.artifact(cell.key).absolute()) if cell.scheme else None,
         "cell": cell.id,
         "memory_share": memory_share,
     }

@@ -105,6 +105,7 @@ def sweep(pool, out):
         """Estimates are the very times."""
 
         def _estimates(self):
+            super()._estimates()
             return seconds
 
     layout = Layout(out)

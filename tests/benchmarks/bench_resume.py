@@ -1,9 +1,9 @@
 """What a resumed driver does before its first job is handed out, with 100,000 jobs finished. No peer, no Ray.
 
-The store is written by the real one, twice: as some 2,000 parts per table, as a driver that was killed leaves them, and
-put together, as a run that ended does. Each is resumed in a process of its own, in which the plan is made first; the
-peak of its memory holds plan and imports. Beside the seconds stands the processor's time, which other work on the
-machine changes less.
+The store is written by the real one, in 2,000 batches, and resumed twice: as a driver that was killed leaves it, with
+batches put together while it ran and the latest as they are; and all put together, as a run that ended does. Each is
+resumed in a process of its own, in which the plan is made first; the peak of its memory holds plan and imports. Beside
+the seconds stands the processor's time, which other work on the machine changes less.
 """
 
 import json
@@ -127,6 +127,7 @@ def build(directory):
                 for table, rows in rows_of(job, inputs, store).items():
                     batch.setdefault(table, []).extend(rows)
             store.commit(batch)
+            assert store.tidy() is None
     return {"jobs": len(plan.jobs), "finished": FINISHED, "build_seconds": time.perf_counter() - began} | _size(
         directory
     )

@@ -255,3 +255,40 @@ def test_a_damaged_part_stops_it_and_is_told(layout):
         assert f"stay as they are: {part} is damaged" in store.compact()
     assert len(files(layout)["events"]) == COUNT
     assert job_states(layout.root) == before
+
+
+def test_batches_are_put_together_while_a_sweep_runs(layout, monkeypatch):
+    """Those of an earlier session, which was killed, first; and what is forgotten is found where it stands now."""
+    monkeypatch.setattr(compaction, "MANY_PARTS", 4)
+    expected = content(layout)
+    with Store(layout) as store:
+        assert store.tidy() is None
+        put_together, *left = files(layout)["events"]
+        assert is_compacted(put_together)
+        assert len(left) == COUNT - 4
+        assert content(layout) == expected
+        assert store.tidy() is None  # two are few
+        assert files(layout)["events"] == [put_together, *left]
+        for number in range(COUNT, COUNT + 3):
+            store.commit(batch(number))
+            assert store.tidy() is None
+        assert sum(map(is_compacted, files(layout)["events"])) == 2
+        store.forget(["job001", "job005", "job006"])
+        kept = [f"job{number:03}" for number in range(COUNT + 3) if number not in {1, 5, 6}]
+        assert sorted(read_table(layout.root, RESULTS)["job_id"].to_pylist()) == kept
+        assert sorted(set(read_table(layout.root, ITEMS)["job_id"].to_pylist())) == kept
+    before = content(layout)
+    reopen(layout)
+    assert content(layout) == before
+
+
+def test_a_damaged_part_is_told_once_while_a_sweep_runs(layout, monkeypatch):
+    monkeypatch.setattr(compaction, "MANY_PARTS", COUNT + 1)
+    part = sorted(layout.table("items").iterdir())[4]
+    with Store(layout) as store:
+        part.write_bytes(part.read_bytes()[:-9])
+        store.commit(batch(COUNT))
+        assert f"stay as they are: {part} is damaged" in store.tidy()
+        store.commit(batch(COUNT + 1))
+        assert store.tidy() is None
+    assert len(files(layout)["events"]) == COUNT + 2
