@@ -22,6 +22,7 @@ from orchestrator.cost import observe
 from orchestrator.cost_store import add_observations
 from orchestrator.errors import BitatlasError
 from orchestrator.event_rows import EventRows
+from orchestrator.facts import facts_of
 from orchestrator.forecast import Devices, forecast
 from orchestrator.history import read_history
 from orchestrator.inputs import Inputs
@@ -317,6 +318,9 @@ class Driver:
         event, status = "reused" if completion.result.get("reused") else "finished", "ok"
         if event == "finished":
             self._remaining.finish(job, completion.seconds)
+        attempt = schedule.attempts[job.id]
+        # Before the job's own end: nothing of a job comes after that.
+        rows["events"] += self._events.of_facts(facts_of(completion.result), job, completion.worker, attempt)
         if job.slice is None:
             status = self._add_rows(job, completion.result, worker, times, rows)
         else:
@@ -331,9 +335,7 @@ class Driver:
                 )
             )
         rows["events"].append(
-            self._events.of_job(
-                event, job, completion.worker, schedule.attempts[job.id], status=status, seconds=completion.seconds
-            )
+            self._events.of_job(event, job, completion.worker, attempt, status=status, seconds=completion.seconds)
         )
 
     def _add_rows(

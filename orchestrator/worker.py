@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,15 @@ from cluster.devices import Claim
 from orchestrator.artifacts import Artifact, ArtifactWriter, find_artifact, set_aside
 from orchestrator.config import PerplexityConfig
 from orchestrator.errors import DamagedFileError
+from orchestrator.facts import (
+    ARTIFACT_MADE,
+    MODEL_LOADED,
+    REFERENCE_COMPUTED,
+    REFERENCE_READ,
+    STATISTICS_COMPUTED,
+    STATISTICS_READ,
+    Facts,
+)
 from orchestrator.inputs import Inputs, divergence_facts, evaluation_windows_of
 from orchestrator.layout import Layout
 from orchestrator.measured import (
@@ -39,6 +48,7 @@ if TYPE_CHECKING:
     from evaluators.perplexity import PerplexityResult
     from quantizers.block_source import BlockSource
     from quantizers.method import Method
+    from quantizers.statistics import InputStatistics
     from quantizers.stream import SharedStatistics
 
 FACTORY = "orchestrator.worker:Worker"
@@ -104,19 +114,21 @@ class Worker:
         self._digest: str | None = None
         self._applied: str | None = None
         self._installed = ExitStack()  # put-back of the weights of the last artifact
+        self._facts = Facts()
 
     def run(self, payload: Mapping[str, Any]) -> dict[str, Any]:
         """Do one job.
 
         Returns:
             `seconds`, `peak_memory_bytes`, `reused`, `quantize_seconds`, `stored_bytes`, `layers` (quantize), and
-            `metrics`, `items`, `protocol`, `warnings` (evaluate), or `slice` (a slice of an evaluation).
+            `metrics`, `items`, `protocol`, `warnings` (evaluate), or `slice` (a slice of an evaluation); and `facts`.
         """
         import torch
 
         from orchestrator.models.float_products import fast_products
 
         torch.set_num_threads(self._threads)  # per thread: the actor may run each job on another one
+        self._facts = Facts()
         try:
             with PeakMemory(self._device.torch_device) as memory, fast_products(self._device.torch_device):
                 started = time.perf_counter()
@@ -125,7 +137,7 @@ class Worker:
         except (MemoryError, torch.OutOfMemoryError):
             self._let_go()
             raise
-        return outcome | {"peak_memory_bytes": memory.peak_bytes}
+        return self._facts.beside(outcome | {"peak_memory_bytes": memory.peak_bytes})
 
     def _let_go(self) -> None:
         """After an out-of-memory: keep nothing that the next job, or another worker of this device, could use."""
@@ -146,11 +158,13 @@ class Worker:
             self._report("loading the model")
             self._remove_artifact()
             self._model = None
+            started = time.perf_counter()
             directory = verified_directory(model, "model")
             loaded = load_model(directory, model["dtype"])
             self._model = loaded.to(self._device.torch_device)
             self._tokenizer = load_tokenizer(directory)
             self._digest = model["digest"]
+            self._facts.add(MODEL_LOADED, started)
         return self._model
 
     def _remove_artifact(self) -> None:
@@ -195,7 +209,7 @@ class Worker:
             told = self._progress("quantizing block")
             for block in quantize_blocks(source, method, tokens, shared=shared, progress=told):
                 writer.add_block(block)
-            return writer.finish(
+            artifact = writer.finish(
                 cell=payload["cell"],
                 model=payload["model"],
                 scheme=scheme.as_entry(),
@@ -205,6 +219,8 @@ class Worker:
         except BaseException:
             writer.discard()
             raise
+        self._facts.add(ARTIFACT_MADE, started)
+        return artifact
 
     def _shared_statistics(
         self, source: BlockSource, method: Method, model: Mapping[str, str], windows: NDArray[np.int64] | None
@@ -220,14 +236,19 @@ class Worker:
         if windows is None or not needs_shared(method):
             return None
         hessians = shares_hessians(method)
+        fact, started = STATISTICS_READ, time.perf_counter()
+
+        def compute() -> Iterator[Sequence[InputStatistics]]:
+            nonlocal fact, started
+            fact, started = STATISTICS_COMPUTED, time.perf_counter()  # what was waited for before is no part of it
+            told = self._progress("statistics of block")
+            return collect_float_statistics(source, torch.tensor(windows), hessians=hessians, progress=told)
+
         self._report("waiting for statistics of the float model")
-        return shared_statistics(
-            node_cache() / "statistics" / statistics_key(model, windows, hessians=hessians),
-            lambda: collect_float_statistics(
-                source, torch.tensor(windows), hessians=hessians, progress=self._progress("statistics of block")
-            ),
-            source.device,
-        )
+        directory = node_cache() / "statistics" / statistics_key(model, windows, hessians=hessians)
+        shared = shared_statistics(directory, compute, source.device)
+        self._facts.add(fact, started)
+        return shared
 
     def _evaluate(self, payload: Mapping[str, Any]) -> dict[str, Any]:
         model = self._load(payload["model"])
@@ -269,8 +290,11 @@ class Worker:
 
         windows, top_k = payload["windows"], divergence_facts()["top_k"]
         measured: list[PerplexityResult] = []
+        fact, started = REFERENCE_READ, time.perf_counter()
 
         def record(write: Callable[[int, TopTokens], None]) -> None:
+            nonlocal fact, started
+            fact, started = REFERENCE_COMPUTED, time.perf_counter()
             self._remove_artifact()
             recorder = Recorder(window_tokens(windows), write, k=top_k)
             told = self._progress("perplexity of the unquantized model: window")
@@ -279,6 +303,7 @@ class Worker:
         device = self._device.torch_device.partition(":")[0]
         key = reference_key(payload["model"], windows, top_k=top_k, device=device)
         read = fp_reference(node_cache() / "references" / key, len(windows), record, self._report)
+        self._facts.add(fact, started)
         return read, measured[0] if measured else None
 
     def _perplexity(
