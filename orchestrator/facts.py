@@ -1,4 +1,5 @@
-"""What a worker did besides its result, such as loading a model: plain data in an outcome, rows in the events table.
+"""What a worker did besides its result, such as loading a model, and what it warns of besides what it measured: plain
+data in an outcome, rows in the events table.
 
 They tell what was shared and what was done again. No job begins or ends with them, so whoever asks how a job stands
 leaves them out.
@@ -22,7 +23,7 @@ FACTS = (
     REFERENCE_READ,
     ARTIFACT_MADE,
 )  # the `event` of each
-_KEY = "facts"  # in an outcome
+_FACTS, _TROUBLES = "facts", "troubles"  # in an outcome
 
 
 class Facts:
@@ -31,6 +32,7 @@ class Facts:
     def __init__(self) -> None:
         """Nothing has happened yet."""
         self._all: list[dict[str, Any]] = []
+        self._troubles: list[str] = []
 
     def add(self, event: str, started: float) -> None:
         """Something has happened.
@@ -41,16 +43,25 @@ class Facts:
         """
         self._all.append({"event": event, "seconds": time.perf_counter() - started})
 
+    def warn(self, text: str) -> None:
+        """Something was wrong that the job could do without."""
+        self._troubles.append(text)
+
     def beside(self, outcome: Mapping[str, Any]) -> dict[str, Any]:
         """An outcome with what happened."""
-        return {**outcome, _KEY: self._all}
+        return {**outcome, _FACTS: self._all, _TROUBLES: self._troubles}
 
 
 def facts_of(outcome: Mapping[str, Any]) -> list[dict[str, Any]]:
     """What an outcome tells besides its result; nothing where its worker tells nothing."""
-    return list(outcome.get(_KEY, ()))
+    return list(outcome.get(_FACTS, ()))
+
+
+def troubles_of(outcome: Mapping[str, Any]) -> list[str]:
+    """What its worker warns of, besides warnings of what was measured."""
+    return list(outcome.get(_TROUBLES, ()))
 
 
 def without_facts(outcome: Mapping[str, Any]) -> dict[str, Any]:
     """What was measured, alone: what is kept of an outcome for later must not tell again what happened once."""
-    return {name: value for name, value in outcome.items() if name != _KEY}
+    return {name: value for name, value in outcome.items() if name not in {_FACTS, _TROUBLES}}

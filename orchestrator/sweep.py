@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from orchestrator.cost import observe
 from orchestrator.cost_store import add_observations
 from orchestrator.errors import BitatlasError
 from orchestrator.event_rows import EventRows
-from orchestrator.facts import facts_of
+from orchestrator.facts import facts_of, troubles_of
 from orchestrator.forecast import Devices, forecast
 from orchestrator.history import read_history
 from orchestrator.inputs import Inputs
@@ -120,14 +120,16 @@ class Driver:
         store: Store,
         pool: Pool,
         kept: Path | None = None,
+        cache: Path | None = None,
     ) -> None:
         """Gather what a run needs; nothing starts yet.
 
         Args:
             kept: the file of what earlier sweeps' jobs took, read for estimates and added to in the end; None is none.
+            cache: a directory in which equal work of other sweeps is found; None is none.
         """
         self._sweep, self._plan, self._inputs, self._layout = sweep, plan, inputs, layout
-        self._store, self._pool, self._kept = store, pool, kept
+        self._store, self._pool, self._kept, self._cache = store, pool, kept, cache
         self._events = EventRows(sweep=sweep.name, session=store.session, workers=pool.workers, now=store.now)
         self._recovery = Recovery(sweep.name, plan, self._events)
         self._started: dict[str, datetime] = {}
@@ -276,7 +278,8 @@ class Driver:
             self._started[job.id] = self._store.now()
             self._remaining.start(job, time.monotonic())
             share = self._recovery.memory_share(job)
-            self._pool.submit(worker, payload_of(job, self._inputs, self._layout, memory_share=share))
+            payload = payload_of(job, self._inputs, self._layout, memory_share=share, cache=self._cache)
+            self._pool.submit(worker, payload)
             self._rows["events"].append(self._events.of_job("started", job, worker, schedule.attempts[job.id]))
 
     def _note_changes(self, schedule: Schedule) -> None:
@@ -315,12 +318,16 @@ class Driver:
         self._view.attempted(job, completion)
         self._finished += 1
         worker, times = self._events.workers[completion.worker], (self._started[job.id], self._store.now())
+        # What another sweep measured was measured on that device, which need not be this worker's very own.
+        worker = replace(worker, device=completion.result.get("device", worker.device))
         event, status = "reused" if completion.result.get("reused") else "finished", "ok"
         if event == "finished":
             self._remaining.finish(job, completion.seconds)
         attempt = schedule.attempts[job.id]
         # Before the job's own end: nothing of a job comes after that.
         rows["events"] += self._events.of_facts(facts_of(completion.result), job, completion.worker, attempt)
+        for text in troubles_of(completion.result):
+            self._warn(job, text, rows)
         if job.slice is None:
             status = self._add_rows(job, completion.result, worker, times, rows)
         else:
@@ -359,9 +366,12 @@ class Driver:
         for table, added in new.items():
             rows[table] += added
         for warning in outcome.get("warnings", ()):
-            self._warnings.append(f"{job.label}: {warning}")
-            rows["events"].append(self._events.row("warning", cell_id=job.cell.id, job=job.label, error=warning))
+            self._warn(job, warning, rows)
         return "non_finite" if "non_finite" in {row["status"] for row in new["results"]} else "ok"
+
+    def _warn(self, job: Job, text: str, rows: dict[str, list[dict[str, Any]]]) -> None:
+        self._warnings.append(f"{job.label}: {text}")
+        rows["events"].append(self._events.row("warning", cell_id=job.cell.id, job=job.label, error=text))
 
     def _merge(self, whole_id: str, schedule: Schedule, rows: dict[str, list[dict[str, Any]]]) -> bool:
         """Put a task together once its last slice is among `rows`; whether it was.

@@ -37,6 +37,7 @@ from orchestrator.measured import (
 from orchestrator.memory import PeakMemory
 from orchestrator.plan import Job
 from orchestrator.scheme import Scheme
+from orchestrator.shared_cache import SharedCache
 from orchestrator.slices import slice_outcome
 
 if TYPE_CHECKING:
@@ -64,7 +65,9 @@ _LAYER_FIELDS = (
 )
 
 
-def payload_of(job: Job, inputs: Inputs, layout: Layout, *, memory_share: float = 1.0) -> dict[str, Any]:
+def payload_of(
+    job: Job, inputs: Inputs, layout: Layout, *, memory_share: float = 1.0, cache: Path | None = None
+) -> dict[str, Any]:
     """A job with all it needs, as plain data.
 
     Args:
@@ -72,16 +75,19 @@ def payload_of(job: Job, inputs: Inputs, layout: Layout, *, memory_share: float 
         inputs: models, tokens and permissions.
         layout: where artifacts lie.
         memory_share: how much to compute at a time, of what suits the device; below 1 where that did not fit.
+        cache: what sweeps share; None is nothing.
     """
     cell, model = job.cell, inputs.models[job.cell.model]
     payload: dict[str, Any] = {
         "kind": job.kind,
+        "id": job.id,
         "label": job.label,
         "model": {"source": model.source, "dtype": model.dtype, "digest": model.digest},
         "scheme": cell.scheme,
         "artifact": str(layout.artifact(cell.key).resolve()) if cell.scheme else None,
         "cell": cell.id,
         "memory_share": memory_share,
+        "cache": None if cache is None else str(cache),
     }
     if job.kind == "quantize":
         payload["windows"] = inputs.calibrations[cell.model, cell.calibration.key] if cell.calibration else None
@@ -115,13 +121,15 @@ class Worker:
         self._applied: str | None = None
         self._installed = ExitStack()  # put-back of the weights of the last artifact
         self._facts = Facts()
+        self._cache: SharedCache | None = None
 
     def run(self, payload: Mapping[str, Any]) -> dict[str, Any]:
         """Do one job.
 
         Returns:
-            `seconds`, `peak_memory_bytes`, `reused`, `quantize_seconds`, `stored_bytes`, `layers` (quantize), and
-            `metrics`, `items`, `protocol`, `warnings` (evaluate), or `slice` (a slice of an evaluation); and `facts`.
+            `seconds`, `peak_memory_bytes`, `device` (where it was measured), `reused`, `quantize_seconds`,
+            `stored_bytes`, `layers` (quantize), and `metrics`, `items`, `protocol`, `warnings` (evaluate), or `slice`
+            (a slice of an evaluation); and what `facts.py` has.
         """
         import torch
 
@@ -129,6 +137,10 @@ class Worker:
 
         torch.set_num_threads(self._threads)  # per thread: the actor may run each job on another one
         self._facts = Facts()
+        self._cache = SharedCache(Path(payload["cache"]), self._facts.warn) if payload["cache"] else None
+        found = self._found(payload)
+        if found is not None:
+            return self._facts.beside(found | {"reused": True})
         try:
             with PeakMemory(self._device.torch_device) as memory, fast_products(self._device.torch_device):
                 started = time.perf_counter()
@@ -137,7 +149,20 @@ class Worker:
         except (MemoryError, torch.OutOfMemoryError):
             self._let_go()
             raise
-        return self._facts.beside(outcome | {"peak_memory_bytes": memory.peak_bytes})
+        outcome |= {"device": self._device.name, "peak_memory_bytes": memory.peak_bytes}
+        if self._cache is not None and payload["kind"] == "evaluate":
+            self._cache.put_outcome(payload["id"], self._device_kind, outcome)
+        return self._facts.beside(outcome)
+
+    @property
+    def _device_kind(self) -> str:
+        return self._device.torch_device.partition(":")[0]
+
+    def _found(self, payload: Mapping[str, Any]) -> dict[str, Any] | None:
+        """What another sweep measured, which needs neither the model nor the artifact."""
+        if self._cache is None or payload["kind"] != "evaluate":
+            return None
+        return self._cache.outcome(payload["id"], self._device_kind)
 
     def _let_go(self) -> None:
         """After an out-of-memory: keep nothing that the next job, or another worker of this device, could use."""
@@ -179,9 +204,13 @@ class Worker:
         except DamagedFileError:
             set_aside(directory)
             artifact = None
+        if artifact is None and self._cache is not None:
+            artifact = self._cache.take_artifact(directory, cell=payload["cell"], model=payload["model"])
         reused = artifact is not None
         if artifact is None:
             artifact = self._make_artifact(payload, directory)
+        if self._cache is not None:
+            self._cache.put_artifact(artifact)
         layers = [
             {"layer": name, "bits_per_weight": _bits_per_weight(linear)} | {key: linear[key] for key in _LAYER_FIELDS}
             for name, linear in artifact.manifest["linears"].items()
@@ -245,7 +274,8 @@ class Worker:
             return collect_float_statistics(source, torch.tensor(windows), hessians=hessians, progress=told)
 
         self._report("waiting for statistics of the float model")
-        directory = node_cache() / "statistics" / statistics_key(model, windows, hessians=hessians)
+        place = self._cache.statistics if self._cache is not None else node_cache() / "statistics"
+        directory = place / statistics_key(model, windows, hessians=hessians)
         shared = shared_statistics(directory, compute, source.device)
         self._facts.add(fact, started)
         return shared
@@ -300,9 +330,9 @@ class Worker:
             told = self._progress("perplexity of the unquantized model: window")
             measured.append(perplexity(self._model, windows, progress=told, observe=recorder))
 
-        device = self._device.torch_device.partition(":")[0]
-        key = reference_key(payload["model"], windows, top_k=top_k, device=device)
-        read = fp_reference(node_cache() / "references" / key, len(windows), record, self._report)
+        place = self._cache.references if self._cache is not None else node_cache() / "references"
+        key = reference_key(payload["model"], windows, top_k=top_k, device=self._device_kind)
+        read = fp_reference(place / key, len(windows), record, self._report)
         self._facts.add(fact, started)
         return read, measured[0] if measured else None
 
