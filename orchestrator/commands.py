@@ -68,6 +68,7 @@ def run_command(
     from orchestrator.store import Store
     from orchestrator.sweep import Driver, claim_output, finished_jobs
     from orchestrator.view import make_view
+    from orchestrator.witness import left_witness, remove_other_witnesses
     from orchestrator.worker import FACTORY
 
     console = Console()
@@ -102,24 +103,26 @@ def run_command(
             console.print(
                 f"Ray dashboard: {session.dashboard} (if it asks for a token: ray get-auth-token)", highlight=False
             )
-        with console.status(f"starting {session.count} {session.kind.name} workers ..."):
-            pool = RayPool(session, FACTORY, variables, stuck_seconds=60 * settings.stuck_minutes)
-        try:
-            with Store(layout) as store:
-                driver = Driver(
-                    sweep=sweep,
-                    plan=plan,
-                    inputs=inputs,
-                    layout=layout,
-                    store=store,
-                    pool=pool,
-                    kept=observations_file(node_cache()),
-                    cache=shared,
-                )
-                with _interrupts(driver.stop, console), _with_metrics(make_view(console), sweep, console) as view:
-                    summary = driver.run(view)
-        finally:
-            pool.close()
+        with left_witness(layout.root) as witness:
+            with console.status(f"starting {session.count} {session.kind.name} workers ..."):
+                pool = RayPool(session, FACTORY, variables, stuck_seconds=60 * settings.stuck_minutes, witness=witness)
+            try:
+                with Store(layout) as store:
+                    remove_other_witnesses(witness)
+                    driver = Driver(
+                        sweep=sweep,
+                        plan=plan,
+                        inputs=inputs,
+                        layout=layout,
+                        store=store,
+                        pool=pool,
+                        kept=observations_file(node_cache()),
+                        cache=shared,
+                    )
+                    with _interrupts(driver.stop, console), _with_metrics(make_view(console), sweep, console) as view:
+                        summary = driver.run(view)
+            finally:
+                pool.close()
     again = f"bitatlas run {file}" + (f" --out {out}" if out else "") + (f" --cache {cache}" if cache else "")
     return _conclude(summary, again, layout, console, report=report)
 

@@ -36,6 +36,7 @@ from orchestrator.schema import SLICES, TABLES
 from orchestrator.slices import merged_outcome, slice_row, workers_of
 from orchestrator.store import Store, job_states, read_rows, read_table
 from orchestrator.view import View
+from orchestrator.witness import is_witness
 from orchestrator.worker import payload_of
 
 _POLL_SECONDS = 0.25
@@ -79,7 +80,7 @@ def claim_output(layout: Layout, sweep: Sweep) -> None:
             raise BitatlasError(f"{layout.sweep} is not readable; choose another --out, or mend that file") from error
         if name != sweep.name:
             raise BitatlasError(f"{layout.root} holds the sweep {name!r}, not {sweep.name!r}; choose another --out")
-    elif layout.root.exists() and (not layout.root.is_dir() or any(layout.root.iterdir())):
+    elif layout.root.exists() and (not layout.root.is_dir() or not all(map(is_witness, layout.root.iterdir()))):
         raise BitatlasError(f"{layout.root} exists and is no sweep's output; choose another --out")
 
 
@@ -134,6 +135,7 @@ class Driver:
         self._recovery = Recovery(sweep.name, plan, self._events)
         self._started: dict[str, datetime] = {}
         self._warnings: list[str] = []
+        self._blind: set[str] = set()  # nodes that do not see the output directory, told already
         self._finished = 0
         self._slices: dict[str, list[Job]] = {}  # by the whole's id
         for job in plan.jobs:
@@ -169,6 +171,8 @@ class Driver:
             view.warn(text)
         interrupted = False
         try:
+            for worker in self._pool.workers.values():
+                self._recovery.settle(worker, schedule)
             self._note_changes(schedule)
             self._hand_out(schedule)
             while not schedule.done:
@@ -278,13 +282,30 @@ class Driver:
             self._started[job.id] = self._store.now()
             self._remaining.start(job, time.monotonic())
             share = self._recovery.memory_share(job)
-            payload = payload_of(job, self._inputs, self._layout, memory_share=share, cache=self._cache)
+            payload = payload_of(
+                job,
+                self._inputs,
+                self._layout,
+                memory_share=share,
+                cache=self._cache,
+                sees_output=workers[worker].sees_output,
+            )
             self._pool.submit(worker, payload)
             self._rows["events"].append(self._events.of_job("started", job, worker, schedule.attempts[job.id]))
 
     def _note_changes(self, schedule: Schedule) -> None:
         for change in self._pool.changes():
             self._recovery.note(change, schedule, self._rows)
+        self._tell_who_sees_no_output()
+
+    def _tell_who_sees_no_output(self) -> None:
+        blind = {worker.node for worker in self._pool.workers.values() if not worker.sees_output} - self._blind
+        if blind:
+            self._blind |= blind
+            self._warnings.append(
+                f"{self._layout.root} is not seen by {', '.join(sorted(blind))}: what is quantized there stays in that "
+                "node's cache, and only its workers evaluate it; share --out between all nodes, and any worker goes on"
+            )
 
     def _collect(self, schedule: Schedule) -> None:
         stopping: Failure | None = None
@@ -300,6 +321,7 @@ class Driver:
                 retry = self._recovery.failed(completion, completion.failure, schedule, self._started[job.id], rows)
                 self._view.attempted(job, completion, retry=retry)
                 stopping = completion.failure if completion.failure.policy.stops_sweep else stopping
+        self._recovery.redo_deserted(schedule, self._pool.workers, time.monotonic(), rows)
         for whole in dict.fromkeys(row["whole_id"] for row in rows["slices"]):
             if self._merge(whole, schedule, rows):
                 self._merged.append(whole)

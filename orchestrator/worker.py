@@ -66,7 +66,13 @@ _LAYER_FIELDS = (
 
 
 def payload_of(
-    job: Job, inputs: Inputs, layout: Layout, *, memory_share: float = 1.0, cache: Path | None = None
+    job: Job,
+    inputs: Inputs,
+    layout: Layout,
+    *,
+    memory_share: float = 1.0,
+    cache: Path | None = None,
+    sees_output: bool = True,
 ) -> dict[str, Any]:
     """A job with all it needs, as plain data.
 
@@ -76,6 +82,7 @@ def payload_of(
         layout: where artifacts lie.
         memory_share: how much to compute at a time, of what suits the device; below 1 where that did not fit.
         cache: what sweeps share; None is nothing.
+        sees_output: whether the worker sees `layout`; else artifacts lie in its node's cache.
     """
     cell, model = job.cell, inputs.models[job.cell.model]
     payload: dict[str, Any] = {
@@ -88,6 +95,7 @@ def payload_of(
         "cell": cell.id,
         "memory_share": memory_share,
         "cache": None if cache is None else str(cache),
+        "sees_output": sees_output,
     }
     if job.kind == "quantize":
         payload["windows"] = inputs.calibrations[cell.model, cell.calibration.key] if cell.calibration else None
@@ -137,6 +145,7 @@ class Worker:
 
         torch.set_num_threads(self._threads)  # per thread: the actor may run each job on another one
         self._facts = Facts()
+        payload = _here(payload)
         self._cache = SharedCache(Path(payload["cache"]), self._facts.warn) if payload["cache"] else None
         found = self._found(payload)
         if found is not None:
@@ -398,6 +407,15 @@ class Worker:
 
     def _progress(self, what: str) -> Callable[[int, int], None]:
         return lambda done, total: self._report(f"{what} {done}/{total}")
+
+
+def _here(payload: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The payload with the artifact's place as this node sees it."""
+    from orchestrator.models.source import node_cache
+
+    if payload["sees_output"] or payload["artifact"] is None:
+        return payload
+    return {**payload, "artifact": str(node_cache() / "artifacts" / Path(payload["artifact"]).name)}
 
 
 def _cost(artifact: Artifact) -> dict[str, Any]:
