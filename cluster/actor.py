@@ -15,6 +15,7 @@ from cluster.devices import DeviceKind, claim, limit_memory
 from cluster.failures import Failure
 from cluster.placement import Place
 from cluster.pool import Payload, attempt, make_worker
+from cluster.witness import Witness
 
 # Threads of their own for what must answer while a job runs: `activity`, and `vigil`, which never returns.
 _WATCH = "watch"
@@ -31,6 +32,7 @@ class Recipe:
         threads: its CPU cores.
         per_device: workers that share a device.
         environment: variables for its process.
+        witness: what it is to look for when it starts; None is nothing.
     """
 
     factory: str
@@ -38,6 +40,7 @@ class Recipe:
     threads: int
     per_device: int
     environment: Mapping[str, str]
+    witness: Witness | None = None
 
 
 class WorkerActor:
@@ -50,6 +53,7 @@ class WorkerActor:
             ClusterError: the device is not there.
         """
         self._name = name
+        self._witness = recipe.witness
         self._line = ""
         self._beat = time.monotonic()
         device = claim(recipe.kind)
@@ -65,9 +69,10 @@ class WorkerActor:
         self._line = line
         self._beat = time.monotonic()
 
-    def describe(self) -> tuple[str, int]:
-        """The device's name, and this process's id."""
-        return self._device.name, os.getpid()
+    def describe(self) -> tuple[str, int, bool]:
+        """The device's name, this process's id, and whether it sees the witness (where there is none to see, it
+        does)."""
+        return self._device.name, os.getpid(), self._witness is None or self._witness.is_seen
 
     def run(self, payload: Payload) -> tuple[Any, Failure | None, float]:
         """Do a job; what it made or why it failed, and its seconds."""

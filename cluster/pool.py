@@ -23,11 +23,21 @@ Payload = Mapping[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerInfo:
-    """A worker's name (`cpu-0@host`) and device."""
+    """A worker's name (`cpu-0@host`) and device.
+
+    Args:
+        sees_output: whether it sees the file that was to tell it so (`witness.py`).
+    """
 
     name: str
     device: str
     process_id: int
+    sees_output: bool = True
+
+    @property
+    def node(self) -> str:
+        """What the names of its node's workers have in common."""
+        return self.name.rpartition("@")[2]
 
 
 @dataclass(frozen=True, kw_only=True)

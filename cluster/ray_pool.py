@@ -17,6 +17,7 @@ from cluster.failures import Failure, classify
 from cluster.placement import Node, Place, name_hosts, places
 from cluster.pool import Change, Completion, Payload, WorkerInfo
 from cluster.session import Session
+from cluster.witness import Witness
 
 _START_SECONDS = 180.0
 _TEND_SECONDS = 1.0
@@ -65,6 +66,7 @@ class RayPool:
         environment: Mapping[str, str] | None = None,
         *,
         stuck_seconds: float = 3600.0,
+        witness: Witness | None = None,
     ) -> None:
         """Start the workers and wait until each has made sure of its device.
 
@@ -72,6 +74,7 @@ class RayPool:
             factory: "module:attribute" of the worker class.
             environment: variables for the worker processes.
             stuck_seconds: a worker whose job shows no progress for so long is ended.
+            witness: by which workers tell whether they see what the driver sees; None: all do.
         Raises:
             ClusterError: a worker did not get its device, or none has started in time.
         """
@@ -83,6 +86,7 @@ class RayPool:
             threads=session.threads,
             per_device=session.per_device,
             environment=dict(environment or {}),
+            witness=witness,
         )
         self._hosts: dict[str, str] = {}
         self._starting: dict[str, _Starting] = {}
@@ -231,11 +235,11 @@ class RayPool:
             name = by_reference[reference]
             starting = self._starting.pop(name)
             try:
-                device, process_id = ray.get(reference)
+                device, process_id, sees_output = ray.get(reference)
             except ray.exceptions.RayError as error:
                 failed.append((name, error))
                 continue
-            info = WorkerInfo(name=name, device=device, process_id=process_id)
+            info = WorkerInfo(name=name, device=device, process_id=process_id, sees_output=sees_output)
             vigil = actor.watch(starting.handle.vigil)
             self._workers[name] = _Worker(place=starting.place, handle=starting.handle, info=info, vigil=vigil)
             self._infos[name] = info

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from quantizers.apply import StoredBlock, StoredLinear
     from quantizers.stream import QuantizedBlock
 
-_MANIFEST = "artifact.json"
+MANIFEST = "artifact.json"
 _FORMAT = "bitatlas-artifact/2"
 
 
@@ -153,7 +153,7 @@ class ArtifactWriter:
             facts: JSON values to keep in the manifest: cell, model, method, seconds.
         """
         manifest = {"format": _FORMAT, **facts, "files": self._files, "dense": self._dense, "linears": self._linears}
-        with (self._scratch / _MANIFEST).open("w", encoding="utf-8") as stream:
+        with (self._scratch / MANIFEST).open("w", encoding="utf-8") as stream:
             json.dump(manifest, stream, indent=1)
             stream.flush()
             os.fsync(stream.fileno())
@@ -181,14 +181,14 @@ def find_artifact(directory: Path) -> Artifact | None:
         BitatlasError: another version of Bitatlas wrote it.
     """
     try:
-        manifest = json.loads((directory / _MANIFEST).read_text(encoding="utf-8"))
+        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
         if not isinstance(manifest, dict):
             raise ValueError("not a JSON object")
     except FileNotFoundError:
         return None
     except ValueError as error:  # also bad JSON and bad UTF-8
         raise DamagedFileError(
-            f"{directory / _MANIFEST} is not readable ({error}); delete {directory} and run again"
+            f"{directory / MANIFEST} is not readable ({error}); delete {directory} and run again"
         ) from error
     if manifest.get("format") != _FORMAT:
         raise BitatlasError(

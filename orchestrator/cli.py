@@ -87,8 +87,17 @@ def plan(sweep_file: Path, out: Path | None) -> int:
     "local one is started.",
 )
 @click.option("--workers", type=click.IntRange(min=1), help="Number of workers, instead of workers.count of the file.")
+@click.option(
+    "--cache",
+    metavar="DIR",
+    type=click.Path(path_type=Path),
+    help="Directory in which sweeps find each other's equal work: artifacts, statistics and measured outcomes, by "
+    "content. Give the same DIR to sweeps that overlap, and only the first does what they share.",
+)
 @click.option("--report/--no-report", default=True, help="Print the map and write the page at the end.")
-def run(sweep_file: Path, out: Path | None, address: str | None, workers: int | None, *, report: bool) -> int:
+def run(
+    sweep_file: Path, out: Path | None, address: str | None, workers: int | None, cache: Path | None, *, report: bool
+) -> int:
     """Start a sweep, or resume it: the same command does only what is missing.
 
     Rows stream into DIR/results, items, layers and events as Parquet, readable by anything at any time. Ctrl-C stops
@@ -96,7 +105,7 @@ def run(sweep_file: Path, out: Path | None, address: str | None, workers: int | 
     """
     from orchestrator.commands import run_command
 
-    return run_command(sweep_file, out=out, address=address, workers=workers, report=report)
+    return run_command(sweep_file, out=out, address=address, workers=workers, cache=cache, report=report)
 
 
 @bitatlas.command()

@@ -49,7 +49,13 @@ def _prepare(sweep: Sweep, file: Path, console: Console) -> tuple[Inputs, Plan]:
 
 
 def run_command(
-    file: Path, *, out: Path | None, report: bool, address: str | None = None, workers: int | None = None
+    file: Path,
+    *,
+    out: Path | None,
+    report: bool,
+    address: str | None = None,
+    workers: int | None = None,
+    cache: Path | None = None,
 ) -> int:
     """Run or resume a sweep; the exit status."""
     from cluster.job import is_in_a_copy
@@ -58,20 +64,24 @@ def run_command(
     from orchestrator.cost_store import observations_file
     from orchestrator.damage import damaged_parts
     from orchestrator.models.source import node_cache
+    from orchestrator.shared_cache import usable_cache
     from orchestrator.store import Store
     from orchestrator.sweep import Driver, claim_output, finished_jobs
     from orchestrator.view import make_view
+    from orchestrator.witness import left_witness, remove_other_witnesses
     from orchestrator.worker import FACTORY
 
     console = Console()
     sweep, variables = _read(file, console)
     layout = _layout(sweep, out)
-    if is_in_a_copy(layout.root):
-        raise BitatlasError(
-            f"--out {layout.root} lies in a Ray job's copy of its working directory, which Ray deletes after the job; "
-            "give --out an absolute path on storage that every node sees"
-        )
+    for option, directory in (("--out", layout.root), ("--cache", cache)):
+        if directory is not None and is_in_a_copy(directory):
+            raise BitatlasError(
+                f"{option} {directory} lies in a Ray job's copy of its working directory, which Ray deletes after the "
+                f"job; give {option} an absolute path on storage that every node sees"
+            )
     claim_output(layout, sweep)
+    shared = None if cache is None else usable_cache(cache, layout.root)
     inputs, plan = _prepare(sweep, file, console)
     # A damaged part is for the driver to set aside, and its jobs are then not done.
     if layout.sweep.exists() and not damaged_parts(layout) and len(finished_jobs(layout, plan)) == len(plan.jobs):
@@ -93,24 +103,28 @@ def run_command(
             console.print(
                 f"Ray dashboard: {session.dashboard} (if it asks for a token: ray get-auth-token)", highlight=False
             )
-        with console.status(f"starting {session.count} {session.kind.name} workers ..."):
-            pool = RayPool(session, FACTORY, variables, stuck_seconds=60 * settings.stuck_minutes)
-        try:
-            with Store(layout) as store:
-                driver = Driver(
-                    sweep=sweep,
-                    plan=plan,
-                    inputs=inputs,
-                    layout=layout,
-                    store=store,
-                    pool=pool,
-                    kept=observations_file(node_cache()),
-                )
-                with _interrupts(driver.stop, console), _with_metrics(make_view(console), sweep, console) as view:
-                    summary = driver.run(view)
-        finally:
-            pool.close()
-    return _conclude(summary, file, out, layout, console, report=report)
+        with left_witness(layout.root) as witness:
+            with console.status(f"starting {session.count} {session.kind.name} workers ..."):
+                pool = RayPool(session, FACTORY, variables, stuck_seconds=60 * settings.stuck_minutes, witness=witness)
+            try:
+                with Store(layout) as store:
+                    remove_other_witnesses(witness)
+                    driver = Driver(
+                        sweep=sweep,
+                        plan=plan,
+                        inputs=inputs,
+                        layout=layout,
+                        store=store,
+                        pool=pool,
+                        kept=observations_file(node_cache()),
+                        cache=shared,
+                    )
+                    with _interrupts(driver.stop, console), _with_metrics(make_view(console), sweep, console) as view:
+                        summary = driver.run(view)
+            finally:
+                pool.close()
+    again = f"bitatlas run {file}" + (f" --out {out}" if out else "") + (f" --cache {cache}" if cache else "")
+    return _conclude(summary, again, layout, console, report=report)
 
 
 @contextmanager
@@ -150,10 +164,10 @@ def _interrupts(stop: threading.Event, console: Console) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _conclude(summary: Summary, file: Path, out: Path | None, layout: Layout, console: Console, *, report: bool) -> int:
+def _conclude(summary: Summary, again: str, layout: Layout, console: Console, *, report: bool) -> int:
+    """Say how a run ended; `again` is the command that goes on with it."""
     from orchestrator.view import clock
 
-    again = f"bitatlas run {file}" + (f" --out {out}" if out else "")
     if summary.interrupted:
         done = summary.reused + summary.finished
         console.print(

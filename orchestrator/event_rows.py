@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 from typing import Any
 
@@ -50,3 +50,7 @@ class EventRows:
             device=info.device if info else None,
             **more,
         )
+
+    def of_facts(self, facts: Iterable[Mapping[str, Any]], job: Job, worker: str, attempt: int) -> list[dict[str, Any]]:
+        """What a worker did besides a job's result, as `facts.py` has it; told when the job came back."""
+        return [self.of_job(fact["event"], job, worker, attempt, seconds=fact["seconds"]) for fact in facts]

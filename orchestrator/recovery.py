@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
 from cluster.failures import Attempts, Failure
-from cluster.pool import Change, Completion
+from cluster.pool import Change, Completion, WorkerInfo
 from orchestrator.event_rows import EventRows
 from orchestrator.plan import Job, Plan
 from orchestrator.rows import failure_row
-from orchestrator.schedule import Schedule
+from orchestrator.schedule import SHARED, Schedule
 
 Rows = dict[str, list[dict[str, Any]]]
+
+# How long artifacts that only one node sees wait for a worker there; a process that died is started again meanwhile.
+_AWAIT_SECONDS = 60.0
 
 
 class Recovery:
@@ -30,6 +34,8 @@ class Recovery:
         self._jobs = {job.id: job for job in plan.jobs}
         self._attempts: dict[str, Attempts] = {}
         self._with_row: set[str] = set()  # ids of wholes that have their failed row
+        self._lost_nodes: set[str] = set()
+        self._deserted: dict[str, float] = {}  # homes of artifacts without a worker -> since when
         self.told: list[str] = []
         self.redone: list[str] = []
 
@@ -88,15 +94,44 @@ class Recovery:
             )
         )
 
+    def settle(self, worker: WorkerInfo, schedule: Schedule) -> None:
+        """Tell the schedule where a worker's artifacts lie."""
+        self._lost_nodes.discard(worker.node)
+        schedule.settle(worker.name, SHARED if worker.sees_output else worker.node)
+
+    def redo_deserted(self, schedule: Schedule, workers: Collection[str], now: float, rows: Rows) -> None:
+        """Have made again what lies where no worker is left: at once where the node is lost, else after a minute.
+
+        To be told of every loss and every failure first.
+
+        Args:
+            workers: that are alive; while there are none, nothing is decided.
+            now: seconds of any clock.
+        """
+        homes = schedule.deserted(workers) if workers else set()
+        self._deserted = {home: self._deserted.get(home, now) for home in homes}
+        for home, since in self._deserted.items():
+            if home not in self._lost_nodes and now - since < _AWAIT_SECONDS:
+                continue
+            where = "in the output directory, which no worker sees" if home == SHARED else f"on {home}, without workers"
+            for needed in map(self._jobs.__getitem__, schedule.left_at(home)):
+                schedule.redo(needed)
+                self.redone.append(needed.id)
+                facts = {"job_id": needed.id, "cell_id": needed.cell.id, "job": needed.label}
+                rows["events"].append(self._events.row("redone", error=f"its artifact lies {where}", **facts))
+
     def note(self, change: Change, schedule: Schedule, rows: Rows) -> None:
         """A worker joined or left; to be told before the failure of the job that it had."""
         worker, reason = change.worker, change.reason
         self._events.workers[worker.name] = worker
         facts: dict[str, Any] = {"worker": worker.name, "device": worker.device}
         if reason is None:
+            self.settle(worker, schedule)
             rows["events"].append(self._events.row("worker_joined", **facts))
             return
         schedule.forget_worker(worker.name)
+        if reason.kind == "node_lost":
+            self._lost_nodes.add(worker.node)
         facts |= {"error_kind": reason.kind, "error": reason.message}
         job = schedule.running.get(worker.name)
         if job is not None:

@@ -142,7 +142,9 @@ EVENTS = Table(
         "sweep": "string",
         "session": "string",  # one start of the driver
         # session_started|started|finished|reused|merged|failed|retried|redone|worker_joined|worker_lost|warning|
-        # session_ended; set_aside: a damaged part held rows of this job, which is to be done again
+        # session_ended; set_aside: a damaged part held rows of this job, which is to be done again;
+        # model_loaded|statistics_computed|statistics_read|reference_computed|reference_read|artifact_made: what a
+        # worker did for this job besides its result
         "event": "string",
         "job_id": "string",
         "cell_id": "string",
@@ -153,7 +155,7 @@ EVENTS = Table(
         "status": "string",
         "error_kind": "string",
         "error": "string",
-        "seconds": "float64",  # that a job took; of session_started, that all is estimated to take
+        "seconds": "float64",  # that this took; of session_started, that all is estimated to take
         "jobs": "int64",  # of session_started: how many the plan has
         "at": _TIMESTAMP,
     },

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from cluster.pool import WorkerInfo
 from evaluators.harness import Item, Metric, TaskResult
 from orchestrator.config import TaskConfig
+from orchestrator.facts import without_facts
 from orchestrator.measured import task_outcome
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def slice_row(
         "cell_id": job.cell.id,
         "job_id": job.id,
         "whole_id": job.whole.id,
-        "outcome": json.dumps(outcome, sort_keys=True),
+        "outcome": json.dumps(without_facts(outcome), sort_keys=True),
         "worker": worker.name,
         "device": worker.device,
         "started_at": started_at,

@@ -17,6 +17,7 @@ from rich.text import Text
 
 from orchestrator.config import read_sweep
 from orchestrator.errors import BitatlasError
+from orchestrator.facts import FACTS
 from orchestrator.layout import Layout
 from orchestrator.schema import EVENTS
 from orchestrator.store import read_table
@@ -99,7 +100,8 @@ def progress_of(name: str, events: pa.Table, now: datetime) -> Progress:
     def of(*kinds: str) -> Any:
         return pc.field("event").isin(kinds)
 
-    events = events.sort_by("at")
+    # What a worker did beside its job says nothing of how the job stands.
+    events = events.filter(~of(*FACTS)).sort_by("at")
     numbered = events.select(["job_id"]).append_column("row", pa.array(range(events.num_rows), pa.int64()))
     by_job = numbered.filter(pc.field("job_id").is_valid()).group_by("job_id", use_threads=False)
     latest = events.take(by_job.aggregate([("row", "max")])["row_max"].sort())

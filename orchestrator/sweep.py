@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from orchestrator.cost import observe
 from orchestrator.cost_store import add_observations
 from orchestrator.errors import BitatlasError
 from orchestrator.event_rows import EventRows
+from orchestrator.facts import facts_of, troubles_of
 from orchestrator.forecast import Devices, forecast
 from orchestrator.history import read_history
 from orchestrator.inputs import Inputs
@@ -35,6 +36,7 @@ from orchestrator.schema import SLICES, TABLES
 from orchestrator.slices import merged_outcome, slice_row, workers_of
 from orchestrator.store import Store, job_states, read_rows, read_table
 from orchestrator.view import View
+from orchestrator.witness import is_witness
 from orchestrator.worker import payload_of
 
 _POLL_SECONDS = 0.5
@@ -78,7 +80,7 @@ def claim_output(layout: Layout, sweep: Sweep) -> None:
             raise BitatlasError(f"{layout.sweep} is not readable; choose another --out, or mend that file") from error
         if name != sweep.name:
             raise BitatlasError(f"{layout.root} holds the sweep {name!r}, not {sweep.name!r}; choose another --out")
-    elif layout.root.exists() and (not layout.root.is_dir() or any(layout.root.iterdir())):
+    elif layout.root.exists() and (not layout.root.is_dir() or not all(map(is_witness, layout.root.iterdir()))):
         raise BitatlasError(f"{layout.root} exists and is no sweep's output; choose another --out")
 
 
@@ -119,19 +121,22 @@ class Driver:
         store: Store,
         pool: Pool,
         kept: Path | None = None,
+        cache: Path | None = None,
     ) -> None:
         """Gather what a run needs; nothing starts yet.
 
         Args:
             kept: the file of what earlier sweeps' jobs took, read for estimates and added to in the end; None is none.
+            cache: a directory in which equal work of other sweeps is found; None is none.
         """
         self._sweep, self._plan, self._inputs, self._layout = sweep, plan, inputs, layout
-        self._store, self._pool, self._kept = store, pool, kept
+        self._store, self._pool, self._kept, self._cache = store, pool, kept, cache
         self._events = EventRows(sweep=sweep.name, session=store.session, workers=pool.workers, now=store.now)
         self._recovery = Recovery(sweep.name, plan, self._events)
         self._started: dict[str, datetime] = {}
         self._warnings: list[str] = []
         self._work: Mapping[str, float] | None = None
+        self._blind: set[str] = set()  # nodes that do not see the output directory, told already
         self._finished = 0
         self._slices: dict[str, list[Job]] = {}  # by the whole's id
         for job in plan.jobs:
@@ -167,6 +172,8 @@ class Driver:
             view.warn(text)
         interrupted = False
         try:
+            for worker in self._pool.workers.values():
+                self._recovery.settle(worker, schedule)
             self._note_changes(schedule)
             self._hand_out(schedule)
             while not schedule.done:
@@ -280,12 +287,30 @@ class Driver:
             self._started[job.id] = self._store.now()
             self._remaining.start(job, time.monotonic())
             share = self._recovery.memory_share(job)
-            self._pool.submit(worker, payload_of(job, self._inputs, self._layout, memory_share=share))
+            payload = payload_of(
+                job,
+                self._inputs,
+                self._layout,
+                memory_share=share,
+                cache=self._cache,
+                sees_output=workers[worker].sees_output,
+            )
+            self._pool.submit(worker, payload)
             self._rows["events"].append(self._events.of_job("started", job, worker, schedule.attempts[job.id]))
 
     def _note_changes(self, schedule: Schedule) -> None:
         for change in self._pool.changes():
             self._recovery.note(change, schedule, self._rows)
+        self._tell_who_sees_no_output()
+
+    def _tell_who_sees_no_output(self) -> None:
+        blind = {worker.node for worker in self._pool.workers.values() if not worker.sees_output} - self._blind
+        if blind:
+            self._blind |= blind
+            self._warnings.append(
+                f"{self._layout.root} is not seen by {', '.join(sorted(blind))}: what is quantized there stays in that "
+                "node's cache, and only its workers evaluate it; share --out between all nodes, and any worker goes on"
+            )
 
     def _collect(self, schedule: Schedule) -> None:
         stopping: Failure | None = None
@@ -301,6 +326,7 @@ class Driver:
                 retry = self._recovery.failed(completion, completion.failure, schedule, self._started[job.id], rows)
                 self._view.attempted(job, completion, retry=retry)
                 stopping = completion.failure if completion.failure.policy.stops_sweep else stopping
+        self._recovery.redo_deserted(schedule, self._pool.workers, time.monotonic(), rows)
         for whole in dict.fromkeys(row["whole_id"] for row in rows["slices"]):
             if self._merge(whole, schedule, rows):
                 self._merged.append(whole)
@@ -319,9 +345,16 @@ class Driver:
         self._view.attempted(job, completion)
         self._finished += 1
         worker, times = self._events.workers[completion.worker], (self._started[job.id], self._store.now())
+        # What another sweep measured was measured on that device, which need not be this worker's very own.
+        worker = replace(worker, device=completion.result.get("device", worker.device))
         event, status = "reused" if completion.result.get("reused") else "finished", "ok"
         if event == "finished":
             self._remaining.finish(job, completion.seconds)
+        attempt = schedule.attempts[job.id]
+        # Before the job's own end: nothing of a job comes after that.
+        rows["events"] += self._events.of_facts(facts_of(completion.result), job, completion.worker, attempt)
+        for text in troubles_of(completion.result):
+            self._warn(job, text, rows)
         if job.slice is None:
             status = self._add_rows(job, completion.result, worker, times, rows)
         else:
@@ -336,9 +369,7 @@ class Driver:
                 )
             )
         rows["events"].append(
-            self._events.of_job(
-                event, job, completion.worker, schedule.attempts[job.id], status=status, seconds=completion.seconds
-            )
+            self._events.of_job(event, job, completion.worker, attempt, status=status, seconds=completion.seconds)
         )
 
     def _add_rows(
@@ -362,9 +393,12 @@ class Driver:
         for table, added in new.items():
             rows[table] += added
         for warning in outcome.get("warnings", ()):
-            self._warnings.append(f"{job.label}: {warning}")
-            rows["events"].append(self._events.row("warning", cell_id=job.cell.id, job=job.label, error=warning))
+            self._warn(job, warning, rows)
         return "non_finite" if "non_finite" in {row["status"] for row in new["results"]} else "ok"
+
+    def _warn(self, job: Job, text: str, rows: dict[str, list[dict[str, Any]]]) -> None:
+        self._warnings.append(f"{job.label}: {text}")
+        rows["events"].append(self._events.row("warning", cell_id=job.cell.id, job=job.label, error=text))
 
     def _merge(self, whole_id: str, schedule: Schedule, rows: dict[str, list[dict[str, Any]]]) -> bool:
         """Put a task together once its last slice is among `rows`; whether it was.

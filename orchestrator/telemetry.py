@@ -55,10 +55,10 @@ class Telemetry:
                 self._retries[self._sweep, completion.failure.kind] += 1
             return
         outcome = completion.result
+        if outcome.get("reused"):
+            return  # found there already: it took no time, and the memory that it tells of is another worker's
         if outcome.get("peak_memory_bytes") is not None:
             self._peaks[completion.worker] = outcome["peak_memory_bytes"]
-        if outcome.get("reused"):
-            return  # found there already: it took no time
         self._seconds.append((stage, completion.seconds))
         tokens = tokens_of(outcome)
         if tokens:

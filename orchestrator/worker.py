@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,15 @@ from cluster.devices import Claim
 from orchestrator.artifacts import Artifact, ArtifactWriter, find_artifact, set_aside
 from orchestrator.config import PerplexityConfig
 from orchestrator.errors import DamagedFileError
+from orchestrator.facts import (
+    ARTIFACT_MADE,
+    MODEL_LOADED,
+    REFERENCE_COMPUTED,
+    REFERENCE_READ,
+    STATISTICS_COMPUTED,
+    STATISTICS_READ,
+    Facts,
+)
 from orchestrator.inputs import Inputs, divergence_facts, evaluation_windows_of
 from orchestrator.layout import Layout
 from orchestrator.measured import (
@@ -28,6 +37,7 @@ from orchestrator.measured import (
 from orchestrator.memory import PeakMemory
 from orchestrator.plan import Job
 from orchestrator.scheme import Scheme
+from orchestrator.shared_cache import SharedCache
 from orchestrator.slices import slice_outcome
 
 if TYPE_CHECKING:
@@ -39,6 +49,7 @@ if TYPE_CHECKING:
     from evaluators.perplexity import PerplexityResult
     from quantizers.block_source import BlockSource
     from quantizers.method import Method
+    from quantizers.statistics import InputStatistics
     from quantizers.stream import SharedStatistics
 
 FACTORY = "orchestrator.worker:Worker"
@@ -54,7 +65,15 @@ _LAYER_FIELDS = (
 )
 
 
-def payload_of(job: Job, inputs: Inputs, layout: Layout, *, memory_share: float = 1.0) -> dict[str, Any]:
+def payload_of(
+    job: Job,
+    inputs: Inputs,
+    layout: Layout,
+    *,
+    memory_share: float = 1.0,
+    cache: Path | None = None,
+    sees_output: bool = True,
+) -> dict[str, Any]:
     """A job with all it needs, as plain data.
 
     Args:
@@ -62,16 +81,21 @@ def payload_of(job: Job, inputs: Inputs, layout: Layout, *, memory_share: float 
         inputs: models, tokens and permissions.
         layout: where artifacts lie.
         memory_share: how much to compute at a time, of what suits the device; below 1 where that did not fit.
+        cache: what sweeps share; None is nothing.
+        sees_output: whether the worker sees `layout`; else artifacts lie in its node's cache.
     """
     cell, model = job.cell, inputs.models[job.cell.model]
     payload: dict[str, Any] = {
         "kind": job.kind,
+        "id": job.id,
         "label": job.label,
         "model": {"source": model.source, "dtype": model.dtype, "digest": model.digest},
         "scheme": cell.scheme,
         "artifact": str(layout.artifact(cell.key).absolute()) if cell.scheme else None,
         "cell": cell.id,
         "memory_share": memory_share,
+        "cache": None if cache is None else str(cache),
+        "sees_output": sees_output,
     }
     if job.kind == "quantize":
         payload["windows"] = inputs.calibrations[cell.model, cell.calibration.key] if cell.calibration else None
@@ -104,19 +128,28 @@ class Worker:
         self._digest: str | None = None
         self._applied: str | None = None
         self._installed = ExitStack()  # put-back of the weights of the last artifact
+        self._facts = Facts()
+        self._cache: SharedCache | None = None
 
     def run(self, payload: Mapping[str, Any]) -> dict[str, Any]:
         """Do one job.
 
         Returns:
-            `seconds`, `peak_memory_bytes`, `reused`, `quantize_seconds`, `stored_bytes`, `layers` (quantize), and
-            `metrics`, `items`, `protocol`, `warnings` (evaluate), or `slice` (a slice of an evaluation).
+            `seconds`, `peak_memory_bytes`, `device` (where it was measured), `reused`, `quantize_seconds`,
+            `stored_bytes`, `layers` (quantize), and `metrics`, `items`, `protocol`, `warnings` (evaluate), or `slice`
+            (a slice of an evaluation); and what `facts.py` has.
         """
         import torch
 
         from orchestrator.models.float_products import fast_products
 
         torch.set_num_threads(self._threads)  # per thread: the actor may run each job on another one
+        self._facts = Facts()
+        payload = _here(payload)
+        self._cache = SharedCache(Path(payload["cache"]), self._facts.warn) if payload["cache"] else None
+        found = self._found(payload)
+        if found is not None:
+            return self._facts.beside(found | {"reused": True})
         try:
             with PeakMemory(self._device.torch_device) as memory, fast_products(self._device.torch_device):
                 started = time.perf_counter()
@@ -125,7 +158,20 @@ class Worker:
         except (MemoryError, torch.OutOfMemoryError):
             self._let_go()
             raise
-        return outcome | {"peak_memory_bytes": memory.peak_bytes}
+        outcome |= {"device": self._device.name, "peak_memory_bytes": memory.peak_bytes}
+        if self._cache is not None and payload["kind"] == "evaluate":
+            self._cache.put_outcome(payload["id"], self._device_kind, outcome)
+        return self._facts.beside(outcome)
+
+    @property
+    def _device_kind(self) -> str:
+        return self._device.torch_device.partition(":")[0]
+
+    def _found(self, payload: Mapping[str, Any]) -> dict[str, Any] | None:
+        """What another sweep measured, which needs neither the model nor the artifact."""
+        if self._cache is None or payload["kind"] != "evaluate":
+            return None
+        return self._cache.outcome(payload["id"], self._device_kind)
 
     def _let_go(self) -> None:
         """After an out-of-memory: keep nothing that the next job, or another worker of this device, could use."""
@@ -146,11 +192,13 @@ class Worker:
             self._report("loading the model")
             self._remove_artifact()
             self._model = None
+            started = time.perf_counter()
             directory = verified_directory(model, "model")
             loaded = load_model(directory, model["dtype"])
             self._model = loaded.to(self._device.torch_device)
             self._tokenizer = load_tokenizer(directory)
             self._digest = model["digest"]
+            self._facts.add(MODEL_LOADED, started)
         return self._model
 
     def _remove_artifact(self) -> None:
@@ -165,9 +213,13 @@ class Worker:
         except DamagedFileError:
             set_aside(directory)
             artifact = None
+        if artifact is None and self._cache is not None:
+            artifact = self._cache.take_artifact(directory, cell=payload["cell"], model=payload["model"])
         reused = artifact is not None
         if artifact is None:
             artifact = self._make_artifact(payload, directory)
+        if self._cache is not None:
+            self._cache.put_artifact(artifact)
         layers = [
             {"layer": name, "bits_per_weight": _bits_per_weight(linear)} | {key: linear[key] for key in _LAYER_FIELDS}
             for name, linear in artifact.manifest["linears"].items()
@@ -195,7 +247,7 @@ class Worker:
             told = self._progress("quantizing block")
             for block in quantize_blocks(source, method, tokens, shared=shared, progress=told):
                 writer.add_block(block)
-            return writer.finish(
+            artifact = writer.finish(
                 cell=payload["cell"],
                 model=payload["model"],
                 scheme=scheme.as_entry(),
@@ -205,6 +257,8 @@ class Worker:
         except BaseException:
             writer.discard()
             raise
+        self._facts.add(ARTIFACT_MADE, started)
+        return artifact
 
     def _shared_statistics(
         self, source: BlockSource, method: Method, model: Mapping[str, str], windows: NDArray[np.int64] | None
@@ -220,14 +274,20 @@ class Worker:
         if windows is None or not needs_shared(method):
             return None
         hessians = shares_hessians(method)
+        fact, started = STATISTICS_READ, time.perf_counter()
+
+        def compute() -> Iterator[Sequence[InputStatistics]]:
+            nonlocal fact, started
+            fact, started = STATISTICS_COMPUTED, time.perf_counter()  # what was waited for before is no part of it
+            told = self._progress("statistics of block")
+            return collect_float_statistics(source, torch.tensor(windows), hessians=hessians, progress=told)
+
         self._report("waiting for statistics of the float model")
-        return shared_statistics(
-            node_cache() / "statistics" / statistics_key(model, windows, hessians=hessians),
-            lambda: collect_float_statistics(
-                source, torch.tensor(windows), hessians=hessians, progress=self._progress("statistics of block")
-            ),
-            source.device,
-        )
+        place = self._cache.statistics if self._cache is not None else node_cache() / "statistics"
+        directory = place / statistics_key(model, windows, hessians=hessians)
+        shared = shared_statistics(directory, compute, source.device)
+        self._facts.add(fact, started)
+        return shared
 
     def _evaluate(self, payload: Mapping[str, Any]) -> dict[str, Any]:
         model = self._load(payload["model"])
@@ -269,16 +329,20 @@ class Worker:
 
         windows, top_k = payload["windows"], divergence_facts()["top_k"]
         measured: list[PerplexityResult] = []
+        fact, started = REFERENCE_READ, time.perf_counter()
 
         def record(write: Callable[[int, TopTokens], None]) -> None:
+            nonlocal fact, started
+            fact, started = REFERENCE_COMPUTED, time.perf_counter()
             self._remove_artifact()
             recorder = Recorder(window_tokens(windows), write, k=top_k)
             told = self._progress("perplexity of the unquantized model: window")
             measured.append(perplexity(self._model, windows, progress=told, observe=recorder))
 
-        device = self._device.torch_device.partition(":")[0]
-        key = reference_key(payload["model"], windows, top_k=top_k, device=device)
-        read = fp_reference(node_cache() / "references" / key, len(windows), record, self._report)
+        place = self._cache.references if self._cache is not None else node_cache() / "references"
+        key = reference_key(payload["model"], windows, top_k=top_k, device=self._device_kind)
+        read = fp_reference(place / key, len(windows), record, self._report)
+        self._facts.add(fact, started)
         return read, measured[0] if measured else None
 
     def _perplexity(
@@ -343,6 +407,15 @@ class Worker:
 
     def _progress(self, what: str) -> Callable[[int, int], None]:
         return lambda done, total: self._report(f"{what} {done}/{total}")
+
+
+def _here(payload: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The payload with the artifact's place as this node sees it."""
+    from orchestrator.models.source import node_cache
+
+    if payload["sees_output"] or payload["artifact"] is None:
+        return payload
+    return {**payload, "artifact": str(node_cache() / "artifacts" / Path(payload["artifact"]).name)}
 
 
 def _cost(artifact: Artifact) -> dict[str, Any]:

@@ -200,6 +200,15 @@ def test_fetch_refuses_a_directory_of_something_else(invoke, write_sweep, tmp_pa
     assert files_in(tmp_path / "to") == ["letters"]
 
 
+def test_a_cache_that_cannot_be_used(invoke, write_sweep, tmp_path):
+    file = write_sweep()
+    (tmp_path / "file").touch()
+    one_line(refused(invoke("run", file, "--cache", "file"), "--cache file cannot be written (it is a file); give a"))
+    one_line(refused(invoke("run", file, "--cache", "outputs/study"), "lies in the sweep's output"))
+    one_line(refused(invoke("run", file, "--cache", "runtime_resources/working_dir_files/x"), "which Ray deletes"))
+    assert files_in(tmp_path) == ["file", "study.yaml"]
+
+
 def test_data_that_is_no_bundle(invoke, write_sweep, tmp_path):
     file = write_sweep(data="nowhere")
     for command in ("plan", "run"):

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.plan import Cell, Job
-from orchestrator.schedule import Schedule
+from orchestrator.schedule import SHARED, Schedule
 from orchestrator.scheme import Scheme
 
 RTN = Scheme(method="rtn", weight_bits=4)
@@ -289,6 +289,130 @@ def test_every_job_ends_exactly_once(data, evaluations, workers):
     for job in needs:
         tried = 0 if job in before or job in schedule.skipped else 1 + retries.get(job, 0)
         assert starts.get(job, 0) == tried == schedule.attempts.get(job, 0)
+
+
+def made_at_home(keys="ab", evaluations=2):
+    """Two nodes that share no directory, and a worker that sees the output; n1's have quantized all cells."""
+    jobs = [job for key in keys for job in (quantize(key), *(evaluate(key, n) for n in range(evaluations)))]
+    schedule = Schedule(jobs)
+    for worker, home in {"w@n1": "n1", "v@n1": "n1", "w@n2": "n2", "w@n0": SHARED}.items():
+        schedule.settle(worker, home)
+    makers = [f"{key}@n1" for key in keys]
+    for maker, key in zip(makers, keys, strict=True):
+        schedule.settle(maker, "n1")
+        assert schedule.next_for(maker).id == f"q{key}"
+    for maker in makers:
+        schedule.finish(maker)
+        schedule.forget_worker(maker)
+    return schedule
+
+
+def test_an_artifact_that_stays_at_home_is_evaluated_there_alone():
+    schedule = made_at_home("a")
+    assert schedule.next_for("w@n2") is None
+    assert schedule.next_for("w@n0") is None
+    assert schedule.next_for("v@n1").id == "ea0"
+    assert schedule.next_for("w@n2") is None  # not at the end of the sweep either
+    assert schedule.next_for("w@n1").id == "ea1"
+
+
+def test_what_was_made_in_the_output_directory_is_not_for_who_does_not_see_it():
+    schedule = Schedule([quantize("a"), evaluate("a", 0), evaluate("a", 1), evaluate("f", free=True)], finished=["qa"])
+    schedule.settle("w@n1", "n1")
+    assert schedule.next_for("w@n1").id == "ef0"  # needs no artifact
+    schedule.finish("w@n1")
+    assert schedule.next_for("w@n1") is None
+    assert [schedule.next_for(worker).id for worker in ("w0", "w1")] == ["ea0", "ea1"]
+
+
+def test_a_job_that_failed_is_tried_again_at_home_by_another_if_there_is_one():
+    schedule = made_at_home("a", 1)
+    everybody = ["w@n1", "v@n1", "w@n2", "w@n0"]
+    schedule.next_for("w@n1")
+    schedule.fail("w@n1", retry=True, avoid=frozenset({"w@n1"}))
+    assert schedule.next_for("w@n2", everybody) is None
+    assert schedule.next_for("w@n1", everybody) is None
+    assert schedule.next_for("w@n1", ["w@n1", "w@n2"]).id == "ea0"  # nobody else can
+
+
+def test_a_worker_that_comes_back_elsewhere_leaves_what_it_held():
+    schedule = made_at_home("a")
+    assert schedule.next_for("w@n1").id == "ea0"
+    schedule.finish("w@n1")
+    schedule.settle("w@n1", SHARED)  # its node sees the output now
+    assert schedule.next_for("w@n1") is None
+    assert schedule.next_for("v@n1").id == "ea1"
+
+
+def test_what_a_deserted_home_has_is_made_again():
+    schedule = made_at_home("abc", 1)
+    quantizing = {job.id: job for job in (quantize(key) for key in "abc")}
+    assert schedule.next_for("v@n1").id == "ea0"
+    assert schedule.deserted(["w@n2", "v@n1"]) == set()
+    schedule.finish("v@n1")
+    schedule.forget_worker("v@n1")
+    assert schedule.deserted(["w@n2", "w@n0"]) == {"n1"}
+    assert schedule.left_at("n1") == ["qb", "qc"]  # nothing waits for the other
+    assert schedule.deserted(["w@n2", "w@n0"]) == set()  # told once
+    for name in ("qb", "qc"):
+        assert schedule.redo(quantizing[name])
+    assert [schedule.next_for(worker).id for worker in ("w@n2", "w@n0")] == ["qb", "qc"]
+    schedule.finish("w@n2")
+    assert schedule.next_for("w@n1") is None  # n1 is there again: what was redone is not its own any more
+    assert schedule.next_for("w@n2").id == "eb0"
+    schedule.finish("w@n0")
+    assert schedule.next_for("w@n2") is None
+    assert schedule.next_for("w@n1") is None
+    assert schedule.next_for("w@n0").id == "ec0"
+
+
+def test_where_all_share_nothing_is_deserted():
+    schedule = Schedule([quantize("a"), evaluate("a")], finished=["qa"])
+    assert schedule.deserted([]) == schedule.deserted(["w0"]) == set()
+    schedule.settle("w@n1", "n1")
+    assert schedule.deserted(["w@n1"]) == {SHARED}
+    assert schedule.deserted(["w@n1", "w0"]) == set()
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data(), cells=st.integers(1, 5), evaluations=st.integers(0, 3))
+def test_every_job_ends_and_every_evaluation_is_where_its_artifact_is(data, cells, evaluations):
+    """Nodes without a shared directory, whose workers come, go and fail."""
+    jobs = [quantize(str(key), f"m{key % 2}") for key in range(cells)]
+    jobs += [evaluate(str(key), n, model=f"m{key % 2}") for key in range(cells) for n in range(evaluations)]
+    by_id, homes, made_at = {job.id: job for job in jobs}, ["", "n1", "n2"], {}
+    schedule = Schedule(jobs)
+    alive = {}
+    for number, home in enumerate(data.draw(st.lists(st.sampled_from(homes), min_size=1, max_size=4))):
+        alive[f"w{number}@{home}"] = home
+        schedule.settle(f"w{number}@{home}", home)
+    losses = 0
+    while not schedule.done:
+        for name, home in alive.items():
+            job = None if name in schedule.running else schedule.next_for(name, alive)
+            if job is not None and job.kind == "evaluate":
+                assert made_at[job.cell.key] == home
+        assert schedule.running, "jobs are left, and none can start"
+        worker = data.draw(st.sampled_from(sorted(schedule.running)))
+        what = data.draw(st.sampled_from(["finish", "finish", "retry", "lost"]))
+        if what == "finish":
+            job = schedule.finish(worker)
+            if job.kind == "quantize":
+                made_at[job.cell.key] = alive[worker]
+        else:
+            losses += 1
+            schedule.fail(worker, retry=losses < 20, avoid=frozenset({worker}))
+        if what == "lost":
+            schedule.forget_worker(worker)
+            home = alive.pop(worker)
+            if not alive:
+                home = data.draw(st.sampled_from(homes))
+                alive[f"new@{home}"] = home
+                schedule.settle(f"new@{home}", home)
+            for deserted in schedule.deserted(alive):
+                for name in schedule.left_at(deserted):
+                    assert schedule.redo(by_id[name])
+    assert schedule.finished | schedule.failed | schedule.skipped == set(by_id)
 
 
 def test_finishing_what_does_not_run_is_our_own_mistake():

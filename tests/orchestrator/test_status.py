@@ -249,3 +249,16 @@ def test_ctrl_c_ends_the_watching_alone(sweep_directory, monkeypatch):
     stream = io.StringIO()
     assert watch_status(sweep_directory.root, Console(file=stream, width=120)) == 0
     assert "tiny a" in stream.getvalue()
+
+
+def test_what_a_worker_did_beside_its_job_says_nothing_of_the_job(sweep_directory):
+    commit(
+        sweep_directory,
+        {"event": "session_started"},
+        job("started", "a"),
+        job("finished", "a"),
+        job("artifact_made", "a", seconds=3.0),
+        job("started", "b"),
+        job("model_loaded", "b", seconds=3.0),
+    )
+    assert "1 jobs done, 1 running, 0 failed" in told(sweep_directory)[1]
