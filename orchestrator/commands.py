@@ -61,12 +61,13 @@ def run_command(
     from cluster.job import is_in_a_copy
     from cluster.ray_pool import RayPool
     from cluster.session import ray_session
+    from orchestrator.claim import claim_output
     from orchestrator.cost_store import observations_file
     from orchestrator.damage import damaged_parts
     from orchestrator.models.source import node_cache
     from orchestrator.shared_cache import usable_cache
     from orchestrator.store import Store
-    from orchestrator.sweep import Driver, claim_output, finished_jobs
+    from orchestrator.sweep import Driver, finished_jobs
     from orchestrator.view import make_view
     from orchestrator.witness import left_witness, remove_other_witnesses
     from orchestrator.worker import FACTORY
@@ -193,12 +194,13 @@ def _conclude(summary: Summary, again: str, layout: Layout, console: Console, *,
 
 def plan_command(file: Path, *, out: Path | None) -> int:
     """Print what a sweep would do."""
+    from orchestrator.claim import claim_output
     from orchestrator.cost_store import observations_file
     from orchestrator.forecast import describe, devices_of, forecast
     from orchestrator.history import read_history
     from orchestrator.models.source import node_cache
     from orchestrator.rows import size_columns
-    from orchestrator.sweep import claim_output, finished_jobs
+    from orchestrator.sweep import finished_jobs
 
     console = Console()
     sweep, _ = _read(file, console)

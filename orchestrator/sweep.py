@@ -12,12 +12,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from cluster.failures import Failure
 from cluster.pool import Completion, Pool, WorkerInfo
 from orchestrator.artifacts import remove_unfinished
-from orchestrator.config import Sweep, resolved
+from orchestrator.claim import write_sweep
+from orchestrator.config import Sweep
 from orchestrator.cost import observe
 from orchestrator.cost_store import add_observations
 from orchestrator.errors import BitatlasError
@@ -36,7 +35,6 @@ from orchestrator.schema import SLICES, TABLES
 from orchestrator.slices import merged_outcome, slice_row, workers_of
 from orchestrator.store import Store, job_states, read_rows, read_table
 from orchestrator.view import View
-from orchestrator.witness import is_witness
 from orchestrator.worker import payload_of
 
 _POLL_SECONDS = 0.5
@@ -65,23 +63,6 @@ class Summary:
     seconds: float
     interrupted: bool = False
     failures: tuple[str, ...] = field(default=())
-
-
-def claim_output(layout: Layout, sweep: Sweep) -> None:
-    """Raise if the output directory belongs to something else; touches nothing.
-
-    Raises:
-        BitatlasError: another sweep's output, or a directory that Bitatlas did not make.
-    """
-    if layout.sweep.exists():
-        try:
-            name = yaml.safe_load(layout.sweep.read_text(encoding="utf-8"))["name"]
-        except (OSError, yaml.YAMLError, TypeError, KeyError) as error:
-            raise BitatlasError(f"{layout.sweep} is not readable; choose another --out, or mend that file") from error
-        if name != sweep.name:
-            raise BitatlasError(f"{layout.root} holds the sweep {name!r}, not {sweep.name!r}; choose another --out")
-    elif layout.root.exists() and (not layout.root.is_dir() or not all(map(is_witness, layout.root.iterdir()))):
-        raise BitatlasError(f"{layout.root} exists and is no sweep's output; choose another --out")
 
 
 def finished_jobs(layout: Layout, plan: Plan, states: Mapping[str, str] | None = None) -> set[str]:
@@ -153,7 +134,7 @@ class Driver:
         """
         began = time.monotonic()
         self._view = view
-        self._write_sweep()
+        write_sweep(self._layout, self._sweep)
         remove_unfinished(self._layout.artifacts)
         states = self._store.history.states()
         done = finished_jobs(self._layout, self._plan, states)
@@ -237,16 +218,6 @@ class Driver:
         warning = add_observations(self._kept, new) if self._kept is not None and new else None
         if warning:
             view.warn(warning)
-
-    def _write_sweep(self) -> None:
-        scratch = self._layout.sweep.with_name(".sweep.yaml.tmp")
-        try:
-            scratch.write_text(resolved(self._sweep), encoding="utf-8")
-            scratch.replace(self._layout.sweep)
-        except OSError as error:
-            raise BitatlasError(
-                f"cannot write {self._layout.sweep} ({error.strerror}); choose another --out"
-            ) from error
 
     def _forget_merged_slices(self, states: Mapping[str, str]) -> None:
         """Drop what is left of slices whose tasks have their rows."""

@@ -5,9 +5,9 @@ import os
 import pytest
 
 from cluster.witness import Witness
+from orchestrator.claim import claim_output
 from orchestrator.errors import BitatlasError
 from orchestrator.layout import Layout
-from orchestrator.sweep import claim_output
 from orchestrator.witness import is_witness, left_witness, remove_other_witnesses
 
 
