@@ -174,7 +174,8 @@ def _screen(progress: Progress) -> RenderableType:
     """The same, with a bar and what ended last, and no longer than a screen."""
     parts: list[RenderableType] = [Text(progress.headline)]
     if progress.total:
-        parts.append(ProgressBar(total=progress.total, completed=min(progress.done, progress.total), width=60))
+        bar = ProgressBar(total=progress.total, completed=min(progress.done, progress.total), width=60)
+        parts += [bar, Text()]  # the bar does not end its line
     parts += _running(progress)
     if progress.ended:
         parts.append(_table(("ended", "job", "took"), map(_ended, reversed(progress.ended))))

@@ -209,6 +209,9 @@ def test_watched_from_before_it_starts_to_its_end(sweep_directory, monkeypatch):
     wait_for("not started", stream)
     commit(sweep_directory, {"event": "session_started", "jobs": 3}, job("started", "a"))
     wait_for("0 of 3 jobs done, 1 running", stream)
+    wait_for("worker", stream)
+    lines = stream.getvalue().splitlines()
+    assert not any("━" in line and "worker" in line for line in lines)  # the bar has a line of its own
     commit_more(sweep_directory, job("finished", "a", seconds=65.0), job("failed", "b", error="[no] markup"))
     wait_for("1 of 3 jobs done, 0 running, 1 failed", stream)
     wait_for("1:05", stream)
