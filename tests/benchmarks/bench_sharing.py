@@ -8,7 +8,6 @@ its own start is in its time.
 """
 
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -21,9 +20,10 @@ from rich.console import Console
 from rich.table import Table
 
 from tests.benchmarks.bench_chaos import bitatlas
-from tests.benchmarks.harness import ONE_THREAD, SOURCE
+from tests.benchmarks.harness import SOURCE
 from tests.benchmarks.peers.environment import ensure
 from tests.benchmarks.shell_loop import Cell, Loop, write_definitions
+from tests.benchmarks.timed import timed
 
 WORKERS = 2
 LIMIT = 32  # documents
@@ -59,6 +59,9 @@ BOTH = {
         peer="llmcompressor_smoothquant.py",
     ),
 }
+SHARED = ("model_loaded", "statistics_computed", "statistics_read", "artifact_made")  # events
+KINDS = ("seconds", "cpu_seconds")
+STEPS = ("quantize", "evaluate")
 THREADS_PROBE = "gptq W4 g64"  # the cell by which the loop's and the single process's number of threads is chosen
 
 
@@ -123,15 +126,19 @@ def shell_loop(loop, scratch):
     cells = {}
     for number, (name, cell) in enumerate(BOTH.items()):
         out = scratch / f"peer-{number}"
-        quantize_seconds = loop.quantize(cell, out, quantizing["threads"])
-        evaluate_seconds, found = loop.evaluate(out, scratch / f"peer-results-{number}", evaluating["threads"])
-        cells[name] = {"quantize_seconds": quantize_seconds, "evaluate_seconds": evaluate_seconds} | found
-    seconds = sum(cell["quantize_seconds"] + cell["evaluate_seconds"] for cell in cells.values())
-    return {"seconds": seconds, "cells": cells, "quantizing": quantizing, "evaluating": evaluating}
+        quantize = loop.quantize(cell, out, quantizing["threads"])
+        evaluate, found = loop.evaluate(out, scratch / f"peer-results-{number}", evaluating["threads"])
+        cells[name] = {"quantize": quantize, "evaluate": evaluate} | found
+    took = {kind: sum(cell[step][kind] for cell in cells.values() for step in STEPS) for kind in KINDS}
+    return took | {"cells": cells, "quantizing": quantizing, "evaluating": evaluating}
 
 
-def faster(seconds):
-    return {"threads": min(seconds, key=seconds.get), "probe_seconds": {str(n): found for n, found in seconds.items()}}
+def faster(probes):
+    """The number of threads with the least wall time, of those that were tried."""
+    return {
+        "threads": min(probes, key=lambda threads: probes[threads]["seconds"]),
+        "probes": {str(threads): took for threads, took in probes.items()},
+    }
 
 
 class Sides:
@@ -146,11 +153,12 @@ class Sides:
         file.write_text(yaml.safe_dump(document(name, grid)))
         out = self._scratch / f"{name}-ray"
         began = time.time()
-        seconds = self._timed(f"{name}-ray", bitatlas(self._root, ["run", str(file), "--out", str(out), "--no-report"]))
+        took = self._timed(f"{name}-ray", bitatlas(self._root, ["run", str(file), "--out", str(out), "--no-report"]))
         plan = planned(file)
         return (
-            {"cells": sum(cell.scheme is not None for cell in plan.cells), "jobs": len(plan.jobs), "seconds": seconds}
-            | {"where": where(events(out), began, seconds), "counts": counts(events(out), plan)}
+            {"cells": sum(cell.scheme is not None for cell in plan.cells), "jobs": len(plan.jobs)}
+            | took
+            | {"where": where(events(out), began, took["seconds"]), "counts": counts(events(out), plan)}
             | {"found": found(out)}
         )
 
@@ -159,9 +167,9 @@ class Sides:
         probe = self._scratch / "probe.yaml"
         probe.write_text(yaml.safe_dump(document("probe", [BOTH[THREADS_PROBE].scheme])))
         chosen = faster({n: self._inline(probe, f"probe-{n}", n) for n in (1, 2)})
-        seconds = self._inline(self._scratch / f"{name}.yaml", name, chosen["threads"])
+        took = self._inline(self._scratch / f"{name}.yaml", name, chosen["threads"])
         counted = counts(events(self._scratch / f"{name}-inline"), planned(self._scratch / f"{name}.yaml"))
-        return {"seconds": seconds, "counts": counted} | chosen
+        return took | {"counts": counted} | chosen
 
     def _inline(self, file, name, threads):
         command = [sys.executable, "-m", "tests.benchmarks.ours", "sweep", "--file", str(file)]
@@ -169,22 +177,12 @@ class Sides:
         return self._timed(f"{name}-inline", command, threads)
 
     def _timed(self, name, command, threads=1):
-        """Seconds of a command with a cache of its own, in which nothing is but the converted model."""
+        """Times of a command with a cache of its own, in which nothing is but the converted model."""
         cache = self._scratch / f"cache-{name}"
         (cache / "bitatlas").mkdir(parents=True)
         (cache / "bitatlas" / "models").symlink_to(self._model.parent)
-        given = ONE_THREAD | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-        with self._log.open("a") as log:
-            began = time.perf_counter()
-            subprocess.run(
-                command,
-                check=True,
-                cwd=self._root,
-                env=os.environ | given | {"XDG_CACHE_HOME": str(cache)},
-                stdout=log,
-                stderr=log,
-            )
-            return time.perf_counter() - began
+        variables = {"XDG_CACHE_HOME": str(cache)}
+        return timed(command, root=self._root, log=self._log, threads=threads, variables=variables)
 
 
 def document(name, grid):
@@ -228,45 +226,40 @@ def found(out):
 
 
 def counts(rows, plan):
-    """How often what can be shared was made. Every number of `once` is to be 1."""
+    """How often what can be shared was made, from the events; `is_once`: once each, and nothing is missing.
+
+    Returns:
+        `times`: what is shared -> for each of them, how often it was made.
+    """
     from quantizers.stream import needs_shared, shares_hessians
 
-    cells = {job.id: job.cell for job in plan.jobs}
-    happened = {name: [row for row in rows if row["event"] == name] for name in SHARED}
+    jobs = {job.id: job for job in plan.jobs}
 
     def statistics_of(cell):
         """What tells statistics apart: model, calibration, whether Hessians are among them."""
         return cell.model, cell.calibration.key, shares_hessians(cell.scheme.build())
 
+    happened = {name: [(row, jobs[row["job_id"]]) for row in rows if row["event"] == name] for name in SHARED}
+    evaluated = [(row, jobs[row["job_id"]]) for row in rows if row["event"] == "finished"]
     quantized = [cell for cell in plan.cells if cell.scheme]
-    sharing = [statistics_of(cell) for cell in quantized if cell.calibration and needs_shared(cell.scheme.build())]
-    once = {
-        "loads per worker and model": Counter(
-            (row["worker"], cells[row["job_id"]].model) for row in happened["model_loaded"]
-        ),
-        "artifacts per cell": Counter({cell.id: 0 for cell in quantized})
-        + Counter(cells[row["job_id"]].id for row in happened["artifact_made"]),
-        "computations per statistics": Counter(
-            statistics_of(cells[row["job_id"]]) for row in happened["statistics_computed"]
-        ),
+    sharing = [cell for cell in quantized if cell.calibration and needs_shared(cell.scheme.build())]
+    made = {
+        "loads per worker and model": [(row["worker"], job.cell.model) for row, job in happened["model_loaded"]],
+        "artifacts per cell": [job.cell.id for _, job in happened["artifact_made"]],
+        "computations per statistics": [statistics_of(job.cell) for _, job in happened["statistics_computed"]],
     }
-    expected = {
-        "loads per worker and model": {row["worker"] for row in rows if row["worker"]},
+    wanted = {
+        "loads per worker and model": {(row["worker"], job.cell.model) for row, job in evaluated if job.evaluation},
         "artifacts per cell": {cell.id for cell in quantized},
-        "computations per statistics": set(sharing),
+        "computations per statistics": {statistics_of(cell) for cell in sharing},
     }
     return {
-        "once": {name: sorted(counter.values()) for name, counter in once.items()},
-        "is_once": all(
-            set(counter.values()) <= {1} and len(counter) == len(expected[name]) for name, counter in once.items()
-        ),
-        "events": {name: len(found) for name, found in happened.items()},
-        "seconds": {name: sum(row["seconds"] for row in found) for name, found in happened.items()},
-        "cells that use shared statistics": len(sharing),
+        "times": {name: sorted(Counter(each).values()) for name, each in made.items()},
+        "is_once": all(len(each) == len(set(each)) and set(each) == wanted[name] for name, each in made.items()),
+        "events": {name: len(each) for name, each in happened.items()},
+        "seconds": {name: sum(row["seconds"] for row, _ in each) for name, each in happened.items()},
+        "cells_with_shared_statistics": len(sharing),
     }
-
-
-SHARED = ("model_loaded", "statistics_computed", "statistics_read", "artifact_made")
 
 
 def where(rows, began, seconds):
@@ -285,48 +278,45 @@ def where(rows, began, seconds):
 
 def conclude(figures):
     """The ratios."""
-    loop, same, grid = figures["loop"], figures["same_cells"], figures["grid"]
-    hourly = {
-        "loop, the cells of both": 3600 * len(loop["cells"]) / loop["seconds"],
-        "ours, the cells of both": 3600 * same["cells"] / same["seconds"],
-        "ours, the grid": 3600 * grid["cells"] / grid["seconds"],
-        "ours, the grid by one process": 3600 * grid["cells"] / figures["inline"]["seconds"],
+    loop, same, grid, inline = (figures[name] for name in ("loop", "same_cells", "grid", "inline"))
+    figures["sides"] = {
+        name: {kind: side[kind] for kind in KINDS} | {"cells": cells, "cells_per_hour": 3600 * cells / side["seconds"]}
+        for name, side, cells in (
+            ("loop, the cells of both", loop, len(loop["cells"])),
+            ("ours, the cells of both", same, same["cells"]),
+            ("ours, the grid", grid, grid["cells"]),
+            ("ours, the grid in one process", inline, grid["cells"]),
+        )
     }
-    figures["cells_per_hour"] = hourly
-    figures["times_more_cells_than_the_loop"] = hourly["ours, the cells of both"] / hourly["loop, the cells of both"]
-    figures["times_faster_than_one_process"] = figures["inline"]["seconds"] / grid["seconds"]
+    for kind in KINDS:
+        figures[f"loop_times_ours_{kind}"] = loop[kind] / same[kind]
+        figures[f"one_process_times_ours_{kind}"] = inline[kind] / grid[kind]
 
 
 def show(console, figures):
     loop = figures["loop"]
-    table = Table(
-        title=f"the shell loop: {loop['quantizing']['threads']} threads, then {loop['evaluating']['threads']}"
-    )
-    for heading in ("cell", "llm-compressor s", "lm-eval s", "perplexity", "ARC-e"):
+    threads = f"{loop['quantizing']['threads']} threads, then {loop['evaluating']['threads']}"
+    table = Table(title=f"the shell loop ({threads}): wall seconds, and of the processor")
+    for heading in ("cell", "llm-compressor", "CPU", "lm-eval", "CPU", "perplexity", "ARC-e"):
         table.add_column(heading, justify="left" if heading == "cell" else "right")
     for name, cell in loop["cells"].items():
-        numbers = f"{cell['quantize_seconds']:.1f}", f"{cell['evaluate_seconds']:.1f}"
-        table.add_row(name, *numbers, f"{cell['perplexity']:.3f}", f"{cell['accuracy']:.3f}")
+        times = (f"{cell[step][kind]:.1f}" for step in STEPS for kind in KINDS)
+        table.add_row(name, *times, f"{cell['perplexity']:.3f}", f"{cell['accuracy']:.3f}")
     console.print(table)
     table = Table(title=f"SmolLM2-135M, {WORKERS} workers of one thread, start and end included")
-    for heading in ("", "cells", "seconds", "cells per hour"):
+    for heading in ("", "cells", "wall s", "CPU s", "cells per hour"):
         table.add_column(heading, justify="right" if heading else "left")
-    sides = (("loop, the cells of both", loop, len(loop["cells"])),)
-    sides += (("ours, the cells of both", figures["same_cells"], figures["same_cells"]["cells"]),)
-    sides += (("ours, the grid", figures["grid"], figures["grid"]["cells"]),)
-    sides += (("ours, the grid by one process", figures["inline"], figures["grid"]["cells"]),)
-    for name, side, cells in sides:
-        table.add_row(name, str(cells), f"{side['seconds']:.1f}", f"{figures['cells_per_hour'][name]:.0f}")
+    for name, side in figures["sides"].items():
+        times = (f"{side[kind]:.1f}" for kind in KINDS)
+        table.add_row(name, str(side["cells"]), *times, f"{side['cells_per_hour']:.0f}")
     console.print(table)
     for name in ("same_cells", "grid"):
         took = ", ".join(f"{what.replace('_', ' ')} {took:.1f}" for what, took in figures[name]["where"].items())
         console.print(f"{name.replace('_', ' ')}: {took}", highlight=False)
     for name in ("same_cells", "grid", "inline"):
         console.print(f"{name.replace('_', ' ')}: {figures[name]['counts']}", highlight=False)
-    console.print(
-        f"cells per hour against the loop: {figures['times_more_cells_than_the_loop']:.2f} times; against one process: "
-        f"{figures['times_faster_than_one_process']:.2f} times ({figures['inline']['threads']} threads)",
-        highlight=False,
-    )
+    for against in ("loop", "one_process"):
+        ratios = (f"{figures[f'{against}_times_ours_{kind}']:.2f}" for kind in KINDS)
+        console.print(f"{against} / ours, wall and processor: {', '.join(ratios)}", highlight=False)
     if not all(figures[name]["counts"]["is_once"] for name in ("same_cells", "grid", "inline")):
         raise SystemExit("something was made more than once, or nothing tells")

@@ -7,10 +7,7 @@ dense (no decompression while evaluating), and SmoothQuant's activations are not
 """
 
 import json
-import os
-import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +17,7 @@ import numpy as np
 import yaml
 
 from tests.benchmarks.harness import faster_dtype
+from tests.benchmarks.timed import timed
 
 BATCH_SIZE = 8  # the best on ARC-e of those that `bench_tasks` tries
 TASK, PASSAGES = "loop_arc_easy", "loop_passages"
@@ -61,33 +59,29 @@ class Loop:
     limit: int
     log: Path
 
-    def quantize(self, cell: Cell, out: Path, threads: int) -> float:
-        """Seconds of the process that quantizes a cell and saves its checkpoint."""
+    def quantize(self, cell: Cell, out: Path, threads: int) -> dict[str, float]:
+        """Times of the process that quantizes a cell and saves its checkpoint."""
         command = [str(self.python), str(self.root / "tests" / "benchmarks" / "peers" / cell.peer), *cell.peer_flags]
         command += ["--dtype", "float32" if faster_dtype() == "float32" else "bfloat16", "--threads", str(threads)]
         command += ["--model", str(self.model), "--tokens", str(self.tokens), "--out", str(out)]
         return self._timed(command, threads)
 
-    def evaluate(self, checkpoint: Path, results: Path, threads: int) -> tuple[float, dict[str, float]]:
-        """Seconds of the process that evaluates a checkpoint, and what it found."""
+    def evaluate(self, checkpoint: Path, results: Path, threads: int) -> tuple[dict[str, float], dict[str, float]]:
+        """Times of the process that evaluates a checkpoint, and what it found."""
         # The dense checkpoint has the dtype that it was computed in.
         arguments = f"pretrained={checkpoint},tokenizer={self.model},dtype={faster_dtype()}"
         command = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--model_args", arguments]
         command += ["--tasks", f"{TASK},{PASSAGES}", "--include_path", str(self.definitions), "--limit"]
         command += [str(self.limit), "--batch_size", str(BATCH_SIZE), "--device", "cpu", "--output_path", str(results)]
-        seconds = self._timed(command, threads)
+        took = self._timed(command, threads)
         found = json.loads(next(results.rglob("results_*.json")).read_text())["results"]
         facts = json.loads((self.definitions / "facts.json").read_text())
         per_token = found[PASSAGES]["byte_perplexity,none"] ** (facts["bytes"] / facts["tokens"])
-        return seconds, {"accuracy": found[TASK]["acc,none"], "perplexity": per_token}
+        return took, {"accuracy": found[TASK]["acc,none"], "perplexity": per_token}
 
-    def _timed(self, command: Sequence[str], threads: int) -> float:
-        given = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": ""}
-        given |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(self.definitions / "cache")}
-        with self.log.open("a") as log:
-            began = time.perf_counter()
-            subprocess.run(command, check=True, cwd=self.root, env=os.environ | given, stdout=log, stderr=log)
-            return time.perf_counter() - began
+    def _timed(self, command: Sequence[str], threads: int) -> dict[str, float]:
+        offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(self.definitions / "cache")}
+        return timed(command, root=self.root, log=self.log, threads=threads, variables=offline)
 
 
 def write_definitions(directory: Path, tokenizer: Any, windows: np.ndarray) -> None:
