@@ -26,9 +26,9 @@ from tests.benchmarks.shell_loop import Cell, Loop, write_definitions
 from tests.benchmarks.timed import timed
 
 WORKERS = 2
-LIMIT = 32  # documents
-CALIBRATION = {"corpus": "lambada", "samples": 8, "sequence_length": 256, "seed": 0}
-PERPLEXITY = {"corpus": "boolq-passages", "sequence_length": 512, "max_windows": 4}
+LIMIT = 25  # documents
+CALIBRATION = {"corpus": "lambada", "samples": 4, "sequence_length": 256, "seed": 0}
+PERPLEXITY = {"corpus": "boolq-passages", "sequence_length": 512, "max_windows": 2}
 # BiLLM is of one bit alone: three settings of it. Searches of it and of SliM-LLM are cut short, as in `bitatlas demo`.
 GRID = [
     {"method": "billm", "weight_bits": 1, "options": {"max_salient": [2, 4, 8]}},
@@ -118,8 +118,7 @@ def measure(root):
 
 def shell_loop(loop, scratch):
     """Every cell of both, one after the other, with the number of threads that is faster for each kind of process."""
-    # Evaluating the float model chooses the threads of evaluation, untimed, and leaves lm-eval's data prepared.
-    loop.evaluate(loop.model, scratch / "warm", 1)
+    # Outside of the loop's time; it leaves lm-eval's data prepared, too.
     evaluating = faster({n: loop.evaluate(loop.model, scratch / f"fp-{n}", n)[0] for n in (1, 2)})
     probe = BOTH[THREADS_PROBE]
     quantizing = faster({n: loop.quantize(probe, scratch / f"probe-{n}", n) for n in (1, 2)})
