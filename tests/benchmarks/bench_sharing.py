@@ -124,8 +124,11 @@ def shell_loop(loop, scratch):
     quantizing = faster({n: loop.quantize(probe, scratch / f"probe-{n}", n) for n in (1, 2)})
     cells = {}
     for number, (name, cell) in enumerate(BOTH.items()):
-        out = scratch / f"peer-{number}"
-        quantize = loop.quantize(cell, out, quantizing["threads"])
+        if cell is probe:  # which is this very process
+            out, quantize = scratch / f"probe-{quantizing['threads']}", quantizing["probes"][str(quantizing["threads"])]
+        else:
+            out = scratch / f"peer-{number}"
+            quantize = loop.quantize(cell, out, quantizing["threads"])
         evaluate, found = loop.evaluate(out, scratch / f"peer-results-{number}", evaluating["threads"])
         cells[name] = {"quantize": quantize, "evaluate": evaluate} | found
     took = {kind: sum(cell[step][kind] for cell in cells.values() for step in STEPS) for kind in KINDS}
@@ -180,7 +183,8 @@ class Sides:
         cache = self._scratch / f"cache-{name}"
         (cache / "bitatlas").mkdir(parents=True)
         (cache / "bitatlas" / "models").symlink_to(self._model.parent)
-        variables = {"XDG_CACHE_HOME": str(cache)}
+        # Ray starts its workers at niceness 15: beside other work they would get less than the loop's processes do.
+        variables = {"XDG_CACHE_HOME": str(cache), "RAY_worker_niceness": "0"}
         return timed(command, root=self._root, log=self._log, threads=threads, variables=variables)
 
 
