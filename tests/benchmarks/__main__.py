@@ -21,6 +21,7 @@ OTHERS = {
     "cluster": "4 simulated nodes of 8 NPUs, real Ray and driver, jobs asleep: how busy workers are kept",
     "chaos": "a sweep on two simulated nodes under 30 random kills: the tables of an undisturbed run",
     "resume": "resuming a sweep with 100,000 finished jobs until its first job: seconds of each step, peak memory",
+    "sharing": "21 cells on 2 workers: what is made once; against one process, and llm-compressor + lm-eval in a loop",
     "agreement": "log-likelihoods and metrics item by item against lm-eval's HFLM",
     "outliers": "what SmoothQuant and AWQ recover on a copy of the model with activation outliers",
     "profile": "where the time of GPTQ, AWQ and SmoothQuant goes, against the peak of matrix products",

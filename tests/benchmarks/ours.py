@@ -1,4 +1,5 @@
-"""Our side of a comparison, each command a process of its own: quantize, or evaluate a dense checkpoint."""
+"""Our side of a comparison, each command a process of its own: quantize, evaluate a dense checkpoint, or run a sweep
+without Ray."""
 
 import argparse
 import json
@@ -75,6 +76,28 @@ def _perplexity(model, held_out):
         return measure(model, np.load(held_out)).perplexity
 
 
+def sweep(args):
+    """Run a sweep in this process: the driver of `bitatlas run`, and one worker that does a job after the other."""
+    from cluster.pool import InlinePool
+    from orchestrator.config import read_sweep
+    from orchestrator.inputs import prepare
+    from orchestrator.layout import Layout
+    from orchestrator.plan import make_plan
+    from orchestrator.store import Store
+    from orchestrator.sweep import Driver
+    from orchestrator.view import QuietView
+    from orchestrator.worker import FACTORY
+
+    asked, layout = read_sweep(args.file), Layout(args.out)
+    inputs = prepare(asked, str(args.file))
+    plan, pool = make_plan(asked, inputs.identities), InlinePool(FACTORY, args.threads)
+    with Store(layout) as store:
+        driver = Driver(sweep=asked, plan=plan, inputs=inputs, layout=layout, store=store, pool=pool)
+        summary = driver.run(QuietView())
+    if summary.finished != len(plan.jobs):
+        raise SystemExit(f"{summary.failures}")
+
+
 def main():
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.ours", description=__doc__)
     commands = parser.add_subparsers(required=True)
@@ -89,6 +112,11 @@ def main():
     evaluate.add_argument("--model", type=Path, required=True)
     evaluate.add_argument("--held-out", type=Path, required=True)
     evaluate.set_defaults(run=perplexity)
+    inline = commands.add_parser("sweep")
+    inline.add_argument("--file", type=Path, required=True, help="a sweep file")
+    inline.add_argument("--threads", type=int, default=1)
+    inline.add_argument("--out", type=Path, required=True)
+    inline.set_defaults(run=sweep)
     args = parser.parse_args()
     args.run(args)
 
