@@ -2,9 +2,10 @@
 
 From the events of the real sweep (`bitatlas run`, real Ray): each model is loaded once per worker, each artifact made
 once, each set of statistics of the float model computed once. Its wall time stands against the same driver with one
-worker in one process (`InlinePool`), and, on the cells that llm-compressor can do too, against a shell loop of
-llm-compressor and lm-eval (`shell_loop.py`). Every side starts with an empty cache, but for the converted model, and
-its own start is in its time.
+worker in one process (`InlinePool`): the first blocks of SmolLM2 and little calibration, so that 21 cells take
+minutes. On the cells that llm-compressor can do too, whole model and more calibration, it stands against a shell loop
+of llm-compressor and lm-eval (`shell_loop.py`). Every side starts with an empty cache, but for the converted model,
+and its own start is in its time.
 """
 
 import os
@@ -27,7 +28,9 @@ from tests.benchmarks.timed import timed
 
 WORKERS = 2
 LIMIT = 25  # documents
-CALIBRATION = {"corpus": "lambada", "samples": 4, "sequence_length": 256, "seed": 0}
+CALIBRATION = {"corpus": "lambada", "samples": 16, "sequence_length": 512, "seed": 0}
+GRID_BLOCKS = 6  # of 30
+GRID_CALIBRATION = {"corpus": "lambada", "samples": 8, "sequence_length": 256, "seed": 0}
 PERPLEXITY = {"corpus": "boolq-passages", "sequence_length": 512, "max_windows": 2}
 # BiLLM is of one bit alone: three settings of it. Searches of it and of SliM-LLM are cut short, as in `bitatlas demo`.
 GRID = [
@@ -101,15 +104,16 @@ def measure(root):
             log=log,
         )
         sides = Sides(root, scratch, model, log)
+        first_blocks(model, scratch / "model")
         figures = {"load_before": os.getloadavg()}
         console.print("the shell loop ...")
         figures["loop"] = shell_loop(loop, scratch)
         console.print(f"{len(BOTH)} cells by {WORKERS} workers ...")
-        figures["same_cells"] = sides.ours("both", [cell.scheme for cell in BOTH.values()])
+        figures["same_cells"] = sides.ours("both", document("both", [cell.scheme for cell in BOTH.values()]))
         console.print(f"the grid by {WORKERS} workers ...")
-        figures["grid"] = sides.ours("grid", GRID)
+        figures["grid"] = sides.ours("grid", small("grid", GRID, scratch))
         console.print("the grid by one process ...")
-        figures["inline"] = sides.inline("grid")
+        figures["inline"] = sides.inline("grid", small("probe", [BOTH[THREADS_PROBE].scheme], scratch))
         figures["load_after"] = os.getloadavg()
     conclude(figures)
     show(console, figures)
@@ -149,10 +153,10 @@ class Sides:
     def __init__(self, root, scratch, model, log):
         self._root, self._scratch, self._model, self._log = root, scratch, model, log
 
-    def ours(self, name, grid):
+    def ours(self, name, sweep):
         """`bitatlas run` from its start to its end: seconds, where they went, what was shared and what it found."""
         file = self._scratch / f"{name}.yaml"
-        file.write_text(yaml.safe_dump(document(name, grid)))
+        file.write_text(yaml.safe_dump(sweep))
         out = self._scratch / f"{name}-ray"
         began = time.time()
         took = self._timed(f"{name}-ray", bitatlas(self._root, ["run", str(file), "--out", str(out), "--no-report"]))
@@ -164,10 +168,10 @@ class Sides:
             | {"found": found(out)}
         )
 
-    def inline(self, name):
+    def inline(self, name, of_one_cell):
         """The same sweep in one process, after its number of threads was chosen by a sweep of one cell."""
         probe = self._scratch / "probe.yaml"
-        probe.write_text(yaml.safe_dump(document("probe", [BOTH[THREADS_PROBE].scheme])))
+        probe.write_text(yaml.safe_dump(of_one_cell))
         chosen = faster({n: self._inline(probe, f"probe-{n}", n) for n in (1, 2)})
         took = self._inline(self._scratch / f"{name}.yaml", name, chosen["threads"])
         counted = counts(events(self._scratch / f"{name}-inline"), planned(self._scratch / f"{name}.yaml"))
@@ -197,6 +201,23 @@ def document(name, grid):
         "evaluation": {"perplexity": [PERPLEXITY], "tasks": [{"name": "arc_easy", "limit": LIMIT, "num_fewshot": 0}]},
         "workers": {"device": "cpu", "count": WORKERS, "threads": 1},
     }
+
+
+def first_blocks(model, out):
+    """A checkpoint of the model's first blocks."""
+    from orchestrator.models.loading import load_model, load_tokenizer
+
+    whole = load_model(model)
+    whole.model.layers = whole.model.layers[:GRID_BLOCKS]
+    whole.config.num_hidden_layers = GRID_BLOCKS
+    whole.save_pretrained(out)
+    load_tokenizer(model).save_pretrained(out)
+
+
+def small(name, grid, scratch):
+    """A sweep over the first blocks."""
+    models = [{"name": "first-blocks", "source": str(scratch / "model")}]
+    return document(name, grid) | {"models": models, "calibration": GRID_CALIBRATION}
 
 
 def planned(file):
