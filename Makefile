@@ -8,8 +8,8 @@ STAMP := .venv/.installed
 demo: $(STAMP)-run            ## set up, then run the main job on the packaged model and data
 	.venv/bin/bitatlas demo
 
-# Three files at a time on two cores, because some wait for Ray; each process computes on one thread.
-PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
+# Two files at a time; each process computes on one thread.
+PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test: $(STAMP)-dev            ## set up, then run every test
 	$(PYTEST)

@@ -30,7 +30,6 @@ STARTS = {
     "test_failures_end_to_end": FIRST,
     "test_ray_pool": LAST,
     "test_elastic": LAST,
-    "test_unshared_cluster": LAST,
     "test_metrics_actor": LAST,
     "test_bundle_end_to_end": LAST,
 }

@@ -60,7 +60,9 @@ def cluster(nodes, npus):
     from ray.cluster_utils import Cluster
 
     logging.getLogger("ray").setLevel(logging.CRITICAL)
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    made = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False, "dashboard_port": 0}
+    )
     try:
         for _ in range(nodes):
             made.add_node(num_cpus=npus, resources={"NPU": npus}, object_store_memory=80 * 2**20)

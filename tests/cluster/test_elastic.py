@@ -19,7 +19,9 @@ def made():
     import ray
     from ray.cluster_utils import Cluster
 
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    made = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False, "dashboard_port": 0}
+    )
     made.add_node(num_cpus=2, resources={"NPU": 1})
     made.wait_for_nodes()
     yield made

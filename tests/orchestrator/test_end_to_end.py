@@ -257,7 +257,7 @@ def test_slices_on_two_workers_give_the_rows_of_one(tiny_checkpoint, tmp_path):
 RUNNING_CLUSTER = """
 import sys
 from ray.cluster_utils import Cluster
-cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "resources": {"NPU": 1}})
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "resources": {"NPU": 1}, "dashboard_port": 0})
 cluster.add_node(num_cpus=1, resources={"NPU": 1})
 print("address", cluster.address, flush=True)
 sys.stdin.read()

@@ -22,7 +22,7 @@ from orchestrator.view import QuietView
 from orchestrator.witness import left_witness
 from orchestrator.worker import FACTORY
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,9 @@ def nodes(tmp_path_factory):
     import ray
     from ray.cluster_utils import Cluster
 
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    made = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False, "dashboard_port": 0}
+    )
     seeing, blind = (made.add_node(num_cpus=2, resources={"NPU": 1}) for _ in range(2))
     made.wait_for_nodes()
     yield SimpleNamespace(address=made.address, seeing=seeing, blind=blind)
