@@ -73,7 +73,7 @@ class Artifact:
 
         for file, digest in self.manifest["files"].items():
             path = self.directory / file
-            if not path.exists() or _sha256(path) != digest:
+            if not path.exists() or sha256_of(path) != digest:
                 raise DamagedFileError(
                     f"artifact {path} is missing or was changed after it was written; delete {self.directory} "
                     "and run the same command again"
@@ -212,6 +212,7 @@ def remove_unfinished(artifacts: Path) -> None:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """A file's digest, as hex."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

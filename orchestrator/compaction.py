@@ -23,7 +23,7 @@ from orchestrator.parts import DamagedPartError, check_part, metadata_of, stream
 from orchestrator.schema import EVENTS, TABLES, Table
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Collection, Iterable, Iterator, Sequence
     from pathlib import Path
 
     import pyarrow as pa
@@ -130,8 +130,22 @@ def compact(layout: Layout, largest: int = LARGEST_BYTES) -> None:
     """
     if max(len(part_names(layout.table(name))) for name in TABLES) <= FEW_PARTS:
         return
-    for group in list(groups(_batches(layout), largest)):
-        put_together(layout, group)
+    for _ in put_together(layout, None, largest):
+        pass
+
+
+def put_together(layout: Layout, names: Collection[str] | None, largest: int) -> Iterator[tuple[list[str], str]]:
+    """Put batches together; each time, those that were and the name of the new one.
+
+    Args:
+        names: of the batches to look at; None is all.
+        largest: bytes that no new part should exceed.
+    Raises:
+        DamagedPartError, OSError: as `compact`.
+    """
+    batches = [batch for batch in _batches(layout) if names is None or batch.name in names]
+    for group in list(groups(batches, largest)):
+        yield group, _merge(layout, group)
 
 
 def _batches(layout: Layout) -> list[Batch]:
@@ -144,14 +158,8 @@ def _batches(layout: Layout) -> list[Batch]:
     return [Batch(name=name, size=size) for name, size in sizes.items()]
 
 
-def put_together(layout: Layout, group: Sequence[str]) -> str:
-    """Put batches together; the name of the new one.
-
-    Args:
-        group: their names, in order.
-    Raises:
-        DamagedPartError, OSError: as `compact`.
-    """
+def _merge(layout: Layout, group: Sequence[str]) -> str:
+    """Make one batch of several; its name."""
     name = compacted_name(group)
     try:
         for table in TABLES.values():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,7 +62,7 @@ class Forecast:
     jobs_seen: int
     device: str | None
     nominal: float
-    work: Mapping[str, float] = field(default_factory=dict)
+    work: Mapping[str, float]
     warning: str | None = None
 
 

@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from orchestrator.artifacts import MANIFEST, Artifact, find_artifact, set_aside
+from orchestrator.artifacts import MANIFEST, Artifact, find_artifact, set_aside, sha256_of
 from orchestrator.errors import BitatlasError, DamagedFileError
 from orchestrator.facts import without_facts
 
@@ -86,7 +86,7 @@ class SharedCache:
             artifact = _checked(cached)
             for file, digest in artifact.manifest["files"].items():
                 _link(cached / file, scratch / file)
-                if _sha256(scratch / file) != digest:  # of what was taken: a copy may go wrong too
+                if sha256_of(scratch / file) != digest:  # of what was taken: a copy may go wrong too
                     raise DamagedFileError(f"{cached / file} was changed after it was written")
             (scratch / MANIFEST).write_text(json.dumps(artifact.manifest | facts, indent=1), encoding="utf-8")
             scratch.chmod(0o755)
@@ -112,7 +112,7 @@ class SharedCache:
             try:
                 for file in (MANIFEST, *artifact.manifest["files"]):
                     _link(artifact.directory / file, scratch / file)
-                (scratch / _MANIFEST_DIGEST).write_text(_sha256(scratch / MANIFEST), encoding="ascii")
+                (scratch / _MANIFEST_DIGEST).write_text(sha256_of(scratch / MANIFEST), encoding="ascii")
                 scratch.chmod(0o755)
                 scratch.rename(cached)
             finally:
@@ -173,7 +173,7 @@ class SharedCache:
 def _checked(directory: Path) -> Artifact:
     """An artifact whose manifest is as it was written."""
     told = (directory / _MANIFEST_DIGEST).read_text(encoding="ascii", errors="replace")
-    if told != _sha256(directory / MANIFEST):
+    if told != sha256_of(directory / MANIFEST):
         raise DamagedFileError(f"{directory / MANIFEST} was changed after it was written")
     artifact = find_artifact(directory)
     if artifact is None:
@@ -194,8 +194,3 @@ def _link(source: Path, to: Path) -> None:
 def _canonical(outcome: Mapping[str, Any]) -> str:
     """JSON that keeps every bit of its floats, those that are not finite too."""
     return json.dumps(outcome, sort_keys=True)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

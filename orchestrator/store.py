@@ -264,7 +264,11 @@ class Store:
         if len(self._small) < compaction.MANY_PARTS:
             return None
         oldest, self._small = self._small[: compaction.MANY_PARTS], self._small[compaction.MANY_PARTS :]
-        return self._try(lambda: self.history.put_together(oldest, compaction.put_together(self._layout, oldest)))
+        return self._try(lambda: self._put_together(oldest))
+
+    def _put_together(self, names: Collection[str]) -> None:
+        for group, name in compaction.put_together(self._layout, set(names), compaction.LARGEST_BYTES):
+            self.history.put_together(group, name)
 
     def _try(self, put_together: Callable[[], None]) -> str | None:
         try:

@@ -282,6 +282,19 @@ def test_batches_are_put_together_while_a_sweep_runs(layout, monkeypatch):
     assert content(layout) == before
 
 
+def test_batches_put_together_while_a_sweep_runs_stay_of_moderate_size(layout, monkeypatch):
+    monkeypatch.setattr(compaction, "MANY_PARTS", COUNT)
+    largest = 3 * max(path.stat().st_size for path in layout.table("items").iterdir())
+    monkeypatch.setattr(compaction, "LARGEST_BYTES", largest)
+    expected = content(layout)
+    with Store(layout) as store:
+        assert store.tidy() is None
+        assert content(layout) == expected
+        assert sum(map(is_compacted, files(layout)["events"])) >= 2
+        store.forget([f"job{number:03}" for number in range(COUNT)])  # wherever it stands now
+    assert read_table(layout.root, RESULTS).num_rows == 0
+
+
 def test_a_damaged_part_is_told_once_while_a_sweep_runs(layout, monkeypatch):
     monkeypatch.setattr(compaction, "MANY_PARTS", COUNT + 1)
     part = sorted(layout.table("items").iterdir())[4]
