@@ -15,9 +15,22 @@ from orchestrator import __version__
 from orchestrator.errors import BitatlasError
 
 OK, SOME_FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
-_SWEEP = click.argument("sweep_file", metavar="SWEEP.yaml", type=click.Path(path_type=Path))
-_OUT = click.option("--out", type=click.Path(path_type=Path), help="Output directory; outputs/<name> if not given.")
-_DIRECTORY = click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+
+
+class _Path(click.Path):
+    """A path. An empty one, such as a variable leaves that is not set, would mean the current directory."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The path; a usage error where it is empty."""
+        if value == "":
+            self.fail("it is empty; give a path", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+_PATH = _Path(path_type=Path)
+_SWEEP = click.argument("sweep_file", metavar="SWEEP.yaml", type=_PATH)
+_OUT = click.option("--out", type=_PATH, help="Output directory; outputs/<name> if not given.")
+_DIRECTORY = click.argument("directory", metavar="DIR", type=_PATH)
 
 
 def main() -> NoReturn:
@@ -56,8 +69,8 @@ def bitatlas() -> None:
 def demo(out: Path | None) -> int:
     """Run the embedded default: a real model and real data from installed packages.
 
-    Quantizes SmolLM2-135M by RTN (8, 4, 3 bits) and GPTQ (4, 3 bits) at group 64, measures perplexity and two tasks,
-    prints the map and writes outputs/demo. Needs no internet, account or accelerator; a few minutes on two cores.
+    Quantizes SmolLM2-135M by all seven methods (8 to 1 bits), measures perplexity and two tasks, prints the map and
+    writes outputs/demo. Needs no internet, account or accelerator; some minutes on two cores.
     """
     from orchestrator.commands import run_command
 
@@ -90,7 +103,7 @@ def plan(sweep_file: Path, out: Path | None) -> int:
 @click.option(
     "--cache",
     metavar="DIR",
-    type=click.Path(path_type=Path),
+    type=_PATH,
     help="Directory in which sweeps find each other's equal work: artifacts, statistics and measured outcomes, by "
     "content. Give the same DIR to sweeps that overlap, and only the first does what they share.",
 )
@@ -137,7 +150,7 @@ def report(directory: Path) -> int:
 @_DIRECTORY
 @click.argument("cell", metavar="CELL")
 @click.option("--format", "form", required=True, type=click.Choice(["dense"]), help="Checkpoint format to write.")
-@click.option("--to", required=True, type=click.Path(path_type=Path), help="Directory to write; must not exist.")
+@click.option("--to", required=True, type=_PATH, help="Directory to write; must not exist.")
 def export(directory: Path, cell: str, form: str, to: Path) -> int:
     """Write the checkpoint of one cell of a sweep.
 
@@ -161,7 +174,7 @@ def doctor() -> int:
 
 
 @bitatlas.command()
-@click.argument("search_file", metavar="SEARCH.yaml", type=click.Path(path_type=Path))
+@click.argument("search_file", metavar="SEARCH.yaml", type=_PATH)
 @_OUT
 def search(**_: Any) -> int:
     """Search per-layer mixed bit-widths under a size budget (not in this version yet).
@@ -173,7 +186,7 @@ def search(**_: Any) -> int:
 
 @bitatlas.command()
 @_SWEEP
-@click.option("--to", required=True, type=click.Path(path_type=Path), help="Directory to fill; may hold a bundle.")
+@click.option("--to", required=True, type=_PATH, help="Directory to fill; may hold a bundle.")
 def fetch(sweep_file: Path, to: Path) -> int:
     """Gather what a sweep needs, on a connected machine, for one without internet.
 

@@ -181,6 +181,9 @@ def test_export_of_what_is_not_there(invoke, tmp_path):
         (["run"], "Missing argument 'SWEEP.yaml'"),
         (["run", "x.yaml", "--workers", "0"], "0 is not in the range x>=1"),
         (["run", "x.yaml", "--wrokers", "1"], "No such option"),
+        (["run", "x.yaml", "--out", ""], "Invalid value for '--out': it is empty; give a path"),
+        (["run", "x.yaml", "--cache", ""], "Invalid value for '--cache': it is empty; give a path"),
+        (["status", ""], "Invalid value for 'DIR': it is empty; give a path"),
     ],
 )
 def test_bad_usage(invoke, arguments, words):
