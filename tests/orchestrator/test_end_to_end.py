@@ -23,6 +23,7 @@ GRID = [
     {"method": "gptq", "weight_bits": [4, 2], "group_size": 32},
 ]
 JOBS = 14  # 5 cells x 2 evaluations, 4 of them quantized
+WINDOWS, DOCUMENTS = 6, 24
 # What may differ between two runs of the same work.
 CIRCUMSTANCES = {
     "sweep", "quantize_seconds", "evaluate_seconds", "peak_memory_bytes", "worker", "device", "started_at",
@@ -42,8 +43,8 @@ def write_sweep(path, checkpoint, **changes):
         "grid": GRID,
         "calibration": {"corpus": "lambada", "samples": 8, "sequence_length": 128, "seed": 0},
         "evaluation": {
-            "perplexity": [{"corpus": "boolq-passages", "sequence_length": 256, "max_windows": 24}],
-            "tasks": [{"name": "arc_easy", "limit": 24}],
+            "perplexity": [{"corpus": "boolq-passages", "sequence_length": 256, "max_windows": WINDOWS}],
+            "tasks": [{"name": "arc_easy", "limit": DOCUMENTS}],
         },
         "workers": {"device": "cpu", "count": 2},
     }
@@ -141,7 +142,7 @@ def test_a_sweep_fills_every_table(undisturbed):
     tables = values(out)
     cells = 5
     assert len(tables["results"]) == cells * 3  # perplexity, acc, acc_norm
-    assert len(tables["items"]) == cells * (24 + 24 * 2)
+    assert len(tables["items"]) == cells * (WINDOWS + DOCUMENTS * 2)
     assert len(tables["layers"]) == (cells - 1) * 14
     assert {row["status"] for row in read_table(out, RESULTS).to_pylist()} == {"ok"}
     _, ended = assert_nothing_ran_twice(out)
