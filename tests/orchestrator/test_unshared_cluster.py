@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from contextlib import closing
 from dataclasses import replace
 from types import SimpleNamespace
@@ -20,7 +21,7 @@ from orchestrator.store import Store, read_table
 from orchestrator.sweep import Driver
 from orchestrator.view import QuietView
 from orchestrator.witness import left_witness
-from orchestrator.worker import FACTORY
+from orchestrator.worker import Worker
 
 pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(600)]
 
@@ -39,6 +40,19 @@ def nodes(tmp_path_factory):
     yield SimpleNamespace(address=made.address, seeing=seeing, blind=blind)
     ray.shutdown()
     made.shutdown()
+
+
+class Unhurried(Worker):
+    """Has imported what it needs, and takes its time: no node does everything before the other has begun."""
+
+    def __init__(self, **given):
+        from transformers import LlamaForCausalLM  # noqa: F401 - for seconds, on a busy machine for many
+
+        super().__init__(**given)
+
+    def run(self, payload):
+        time.sleep(0.5)
+        return super().run(payload)
 
 
 class Noting(QuietView):
@@ -79,7 +93,7 @@ def run(nodes, make_sweep, tiny_checkpoint, tmp_path, monkeypatch):
         with (
             ray_session(device="simulated-npu", count=2, threads=1, address=nodes.address) as session,
             left_witness(layout.root) as witness,
-            closing(RayPool(session, FACTORY, witness=witness)) as pool,
+            closing(RayPool(session, "tests.orchestrator.test_unshared_cluster:Unhurried", witness=witness)) as pool,
             Store(layout) as store,
         ):
             (blind,) = (info.node for info in pool.workers.values() if not info.sees_output)
