@@ -253,6 +253,7 @@ def evaluate_task(
     thinking_tokens: int | None = None,
     seed: int = 0,
     allow_code_execution: bool = False,
+    as_hflm: bool = False,
     part: Slice | None = None,
     memory_share: float = 1.0,
     progress: Callable[[int, int], None] | None = None,
@@ -271,6 +272,7 @@ def evaluate_task(
         thinking_tokens: for a thought, on top of what the task allows for an answer; None: `chat.THINKING_TOKENS`.
         seed: of the choice of examples, and of what is drawn where a task draws.
         allow_code_execution: whether programs that the model wrote may be run, in the sandbox.
+        as_hflm: log-likelihoods as HFLM with `batch_size=1` has them, to its rounding in 16 bits; takes longer.
         part: score this slice alone; `merging.merge` puts all of them together. None scores the whole task.
         memory_share: how much to compute at a time, of what suits the device; below 1 where that did not fit.
         progress: called with requests done and their number.
@@ -297,7 +299,9 @@ def evaluate_task(
         task.set_fewshot_seed(seed=seed)
     scored = tasks if part is None else _cut(name, tasks, part, limit)
     conversation = chat_of(tokenizer, name, chat, thinking_tokens)
-    scorer = Scorer(model, tokenizer, memory_share=memory_share, seed=seed, chat=conversation, progress=progress)
+    scorer = Scorer(
+        model, tokenizer, memory_share=memory_share, seed=seed, chat=conversation, as_hflm=as_hflm, progress=progress
+    )
     found = evaluate(
         lm=scorer,
         task_dict={"tasks": scored},

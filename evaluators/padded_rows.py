@@ -1,4 +1,4 @@
-"""Running token sequences one per row, padded on the right: for models that token trees cannot be trusted with."""
+"""Running token sequences one per row: for models that token trees cannot be trusted with, padded on the right."""
 
 from __future__ import annotations
 
@@ -35,13 +35,20 @@ def rows_of(sequences: Sequence[Tokens], scored_from: Sequence[int]) -> list[Seg
     return segments
 
 
-def row_packs_of(segments: Sequence[Segment], max_tokens: int) -> Iterator[Sequence[Segment]]:
-    """Cut segments, longest first, into packs whose padded size stays within `max_tokens`."""
+def row_packs_of(segments: Sequence[Segment], max_tokens: int, *, pad: bool = True) -> Iterator[Sequence[Segment]]:
+    """Cut segments, longest first, into packs whose padded size stays within `max_tokens`.
+
+    Without `pad` the rows of a pack are of one length, and each has the hidden states that it has alone: padding moves
+    the last bits of attention.
+    """
     start = 0
     while start < len(segments):
-        size = max(1, max_tokens // len(segments[start]))
-        yield segments[start : start + size]
-        start += size
+        length = len(segments[start])
+        pack = segments[start : start + max(1, max_tokens // length)]
+        if not pad:
+            pack = [segment for segment in pack if len(segment) == length]
+        yield pack
+        start += len(pack)
 
 
 class RowRunner:

@@ -14,6 +14,7 @@ import json
 import math
 from collections import defaultdict
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +24,7 @@ from evaluators.decoding import Decoding, decoding_of
 from evaluators.errors import EvaluationError
 from evaluators.generation import NUM_SLOTS, Generated, Generator
 from evaluators.head import log_probabilities_at, split
+from evaluators.hflm_rounding import narrow_log_probabilities_at, narrow_sum
 from evaluators.pack_size import PACK_TOKENS, pack_tokens_for
 from evaluators.padded_rows import RowRunner, row_packs_of, rows_of
 from evaluators.prefix_tree import Segment, num_distinct_tokens, packs_of, segments_of
@@ -89,8 +91,8 @@ class Scorer(TemplateLM):  # type: ignore[misc]  # lm_eval is untyped
 
     Attributes:
         num_truncated: requests so far whose context was cut on the left to fit the model.
-        scoring: "token trees", or "padded rows" with the reason why trees cannot be trusted with this model; with the
-            size of packs where it is not the usual one.
+        scoring: "token trees", or "padded rows" with the reason why trees cannot be trusted with this model, or rows
+            as HFLM's; with the size of packs where it is not the usual one.
         work: what has been computed so far.
         generated: what was generated for each (task, document), in the order of its requests.
     """
@@ -104,6 +106,7 @@ class Scorer(TemplateLM):  # type: ignore[misc]  # lm_eval is untyped
         memory_share: float = 1.0,
         seed: int = 0,
         chat: Chat | None = None,
+        as_hflm: bool = False,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         """Take a model in evaluation mode and its tokenizer.
@@ -115,6 +118,7 @@ class Scorer(TemplateLM):  # type: ignore[misc]  # lm_eval is untyped
             memory_share: how much of that to take at a time, where all of it did not fit; texts side by side too.
             seed: of what is drawn when texts are generated.
             chat: renders conversations, where prompts are conversations.
+            as_hflm: compute log-likelihoods as HFLM does with `batch_size=1`, rounded as there.
             progress: called with requests done and their number.
 
         Raises:
@@ -125,9 +129,14 @@ class Scorer(TemplateLM):  # type: ignore[misc]  # lm_eval is untyped
         self.num_truncated = 0
         self._model = split(model)
         self._max_length = self._model.max_length or _DEFAULT_MAX_LENGTH
-        against = reason_against(self._model)
-        self._trusts_trees = against is None
+        self._as_hflm = as_hflm
+        self._log_probabilities_at = narrow_log_probabilities_at if as_hflm else log_probabilities_at
+        self._add = partial(narrow_sum, dtype=model.dtype) if as_hflm else math.fsum
+        against = None if as_hflm else reason_against(self._model)
+        self._trusts_trees = against is None and not as_hflm
         self.scoring = "token trees" if against is None else f"padded rows ({against})"
+        if as_hflm:
+            self.scoring = "rows, rounded as by HFLM"
         if pack_tokens is None:
             pack_tokens = pack_tokens_for(self._model) if self._trusts_trees else PACK_TOKENS
             pack_tokens = max(1, int(pack_tokens * memory_share))
@@ -197,10 +206,12 @@ class Scorer(TemplateLM):  # type: ignore[misc]  # lm_eval is untyped
         """The continuation of each request's context, by its own generation arguments.
 
         Raises:
-            EvaluationError: an argument that is not known, more new tokens than the model's context, or a model that
-                texts cannot be generated with.
+            EvaluationError: an argument that is not known, more new tokens than the model's context, a scorer that
+                rounds as HFLM, or a model that texts cannot be generated with.
         """
         del disable_tqdm
+        if self._as_hflm:
+            raise EvaluationError("only choices are scored with HFLM's rounding, and this task writes texts")
         texts: dict[int, Generated] = {}
         generator = Generator(self._model, self.tokenizer, self._end_tokens, num_slots=self._num_slots)
         for unit in self._units(requests):
@@ -271,7 +282,7 @@ class Scorer(TemplateLM):  # type: ignore[misc]  # lm_eval is untyped
             self.work.computed_tokens += sum(map(len, pack))
             nodes, places, targets = sheet.wanted(pack)
             if nodes:
-                log_probabilities_M, greedy_M = log_probabilities_at(
+                log_probabilities_M, greedy_M = self._log_probabilities_at(
                     self._model, hidden_TH[nodes], torch.tensor(places), torch.tensor(targets)
                 )
                 sheet.note(log_probabilities_M.tolist(), greedy_M.tolist())
@@ -280,7 +291,7 @@ class Scorer(TemplateLM):  # type: ignore[misc]  # lm_eval is untyped
             if self._progress is not None:  # inputs are as many requests as there are to one on average
                 in_unit = len(requests) * done // len(inputs)
                 self._progress(self._before + in_unit, max(self._total, len(requests)))
-        return [sheet.score(item) for item in wanted]
+        return [sheet.score(item, self._add) for item in wanted]
 
     def _hidden(
         self, inputs: Sequence[Tokens], scored_from: Sequence[int]
@@ -293,7 +304,7 @@ class Scorer(TemplateLM):  # type: ignore[misc]  # lm_eval is untyped
             packs = packs_of(segments_of(inputs, scored_from, cost_for(self._model)), self._pack_tokens)
         else:
             runner = RowRunner(self._model)
-            packs = row_packs_of(rows_of(inputs, scored_from), self._pack_tokens)
+            packs = row_packs_of(rows_of(inputs, scored_from), self._pack_tokens, pad=not self._as_hflm)
         for pack in packs:
             yield pack, runner.run(pack)
 
@@ -354,7 +365,7 @@ class _Sheet:
             for item, place in waiting:
                 self._found[item][place] = (log_probability, is_greedy)
 
-    def score(self, item: _Scored) -> tuple[float, bool]:
+    def score(self, item: _Scored, add: Callable[[list[float]], float]) -> tuple[float, bool]:
         """The log-likelihood of a continuation, and whether greedy decoding would produce it."""
         found = self._found[item]
-        return math.fsum(log_probability for log_probability, _ in found), all(greedy for _, greedy in found)
+        return add([log_probability for log_probability, _ in found]), all(greedy for _, greedy in found)

@@ -19,7 +19,7 @@ from evaluators.corpora import Corpus, cut_of, protocol
 from evaluators.errors import EvaluationError
 from evaluators.recipes import Cut
 from evaluators.suites import read_suite
-from evaluators.tasks import check_permission, check_task
+from evaluators.tasks import check_permission, check_task, generates
 from orchestrator.errors import BitatlasError
 from orchestrator.scheme import Scheme, parse_scheme
 
@@ -132,6 +132,7 @@ class TaskConfig(_Strict):
 
     With `chat`, prompts are conversations by the model's chat template, in that thinking mode; a thought may take
     `thinking_tokens` (None: 2048) on top of what the task allows for an answer.
+    `rounding: hflm` computes choices as lm-eval's HFLM does, with its rounding in 16 bits.
     Slices change who scores what, and no row: identities leave them out.
     """
 
@@ -140,12 +141,20 @@ class TaskConfig(_Strict):
     num_fewshot: int | None = Field(default=None, ge=0)
     chat: ChatMode | None = None
     thinking_tokens: int | None = Field(default=None, ge=1)
+    rounding: Literal["float32", "hflm"] = "float32"
     slices: int = Field(default=1, ge=1)
 
     @model_validator(mode="after")
     def _thinks_in_conversations(self) -> TaskConfig:
         if self.thinking_tokens is not None and self.chat is None:
             raise PydanticCustomError("told", "thinking_tokens is given without chat; name the thinking mode with it")
+        return self
+
+    @model_validator(mode="after")
+    def _rounds_what_it_scores(self) -> TaskConfig:
+        if self.rounding != "float32" and generates(self.name):
+            reason = "rounding: hflm is of tasks that score choices; this one writes texts, so leave it out"
+            raise PydanticCustomError("told", reason)
         return self
 
 

@@ -191,7 +191,8 @@ def _task_hash(task: TaskConfig, tokenizer: Any, where: str) -> str:
         check_protocol(task.name, task.num_fewshot)
         facts: list[Any] = [_TASK_VERSION, task_identity(task.name, task.num_fewshot), task.limit, task.num_fewshot]
         chat = chat_of(tokenizer, task.name, task.chat, task.thinking_tokens)
-        return content_hash(facts if chat is None else [*facts, chat.identity])
+        facts += [] if chat is None else [chat.identity]
+        return content_hash(facts if task.rounding == "float32" else [*facts, {"rounding": task.rounding}])
     except EvaluationError as error:
         raise BitatlasError(f"{where}: {error}") from error
 

@@ -54,6 +54,8 @@ class TaskSize:
     shares_examples: bool = False
 
 
+_ROWS = 3.0  # what rows of their own take, of what token trees do; rough: twice to four times without examples
+
 TASK_SIZES: dict[str, TaskSize] = {
     "arc_challenge": TaskSize(documents=1172, tokens=70),
     "arc_easy": TaskSize(documents=2376, tokens=55),
@@ -223,6 +225,8 @@ def task_work(shape: ModelShape, task: TaskConfig) -> float:
         documents = min(documents, task.limit * size.subtasks)
     shots = 0 if size.shares_examples else task.num_fewshot or 0
     prompt = forward_work(shape, documents, size.tokens * (1 + shots), head=False)
+    if task.rounding == "hflm":
+        prompt *= _ROWS
     generated = size.generated
     if generated and task.chat in ("auto_think", "slow_think"):  # whether "default" thinks is the template's to say
         generated += (task.thinking_tokens or THINKING_TOKENS) // 2

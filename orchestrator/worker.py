@@ -397,6 +397,7 @@ class Worker:
             chat=evaluation["chat"],
             thinking_tokens=evaluation["thinking_tokens"],
             allow_code_execution=payload["allow_code_execution"],
+            as_hflm=evaluation["rounding"] == "hflm",
             part=payload["slice"],
             memory_share=payload["memory_share"],
             progress=self._progress(f"{evaluation['name']}: request"),

@@ -1,7 +1,7 @@
 """Our scorer against lm-eval's own HFLM, item by item: the packaged tasks and five-shot MMLU on SmolLM2-135M.
 
 In float32 every log-likelihood and every metric; in bfloat16, whose last bits depend on what is computed together,
-accuracies over more items.
+accuracies over more items: by token trees, and with HFLM's own rounding (`rounding: hflm`).
 """
 
 import copy
@@ -40,11 +40,13 @@ def measure(root):
     with fast_products("cpu"):  # for both sides
         for name, limit in BFLOAT16.items():
             figures["bfloat16"][name] = compare(console, model, tokenizer, (name,), limit, 0)
+            exact = compare(console, model, tokenizer, (name,), limit, 0, as_hflm=True)
+            figures["bfloat16"][f"{name}, rounding: hflm"] = exact
     show(console, figures)
     return figures
 
 
-def compare(console, model, tokenizer, names, limit, num_fewshot):
+def compare(console, model, tokenizer, names, limit, num_fewshot, *, as_hflm=False):
     from lm_eval.models.huggingface import HFLM
 
     from evaluators.packaged_task import quiet
@@ -54,7 +56,7 @@ def compare(console, model, tokenizer, names, limit, num_fewshot):
     tasks = load(names, num_fewshot)
     with quiet():
         hflm = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=8)
-    ours, theirs = (timed(lm, tasks, limit)[1] for lm in (Scorer(model, tokenizer), hflm))
+    ours, theirs = (timed(lm, tasks, limit)[1] for lm in (Scorer(model, tokenizer, as_hflm=as_hflm), hflm))
     pairs = [pair for name in names for pair in zip(ours["samples"][name], theirs["samples"][name], strict=True)]
     differences = [
         abs(score - other)
@@ -71,6 +73,7 @@ def compare(console, model, tokenizer, names, limit, num_fewshot):
         "documents": len(pairs),
         "log_likelihoods": len(differences),
         "largest_difference": max(differences),
+        "equal_log_likelihoods": sum(not difference for difference in differences),
         "greedy_equal": all(
             one[1] == two[1] for pair in pairs for one, two in zip(*(s["filtered_resps"] for s in pair), strict=True)
         ),
@@ -81,7 +84,16 @@ def compare(console, model, tokenizer, names, limit, num_fewshot):
 
 def show(console, figures):
     table = Table(title="Our scorer against HFLM, SmolLM2-135M")
-    for heading in ("task", "dtype", "documents", "largest difference", "greedy", "metrics", "largest difference"):
+    for heading in (
+        "task",
+        "dtype",
+        "documents",
+        "equal",
+        "largest difference",
+        "greedy",
+        "metrics",
+        "largest difference",
+    ):
         table.add_column(heading, justify="left" if heading in ("task", "dtype") else "right")
     for dtype, rows in figures.items():
         for name, row in rows.items():
@@ -89,6 +101,7 @@ def show(console, figures):
                 name,
                 dtype,
                 str(row["documents"]),
+                f"{row['equal_log_likelihoods']} of {row['log_likelihoods']}",
                 f"{row['largest_difference']:.1e}",
                 "equal" if row["greedy_equal"] else "differ",
                 "equal" if row["metrics_equal"] else "differ",

@@ -65,6 +65,24 @@ def test_equals_hflm(name, model, tokenizer, no_network, capsys):
         assert item.correct["acc"] == float(best == item.target)
 
 
+def test_the_rounding_of_hflm_in_16_bits(make_llama, tokenizer, no_network):
+    """Equal to the bit but where HFLM's padding moves a last bit."""
+    model = make_llama(max_position_embeddings=512).bfloat16()
+    theirs = by_hflm(model, tokenizer, "arc_easy", limit=LIMIT)
+    expected = [score for sample in theirs["samples"]["arc_easy"] for score, _ in sample["filtered_resps"]]
+
+    def equal(result):
+        ours = [score for item in result.items for score in item.log_likelihoods]
+        return sum(one == other for one, other in zip(ours, expected, strict=True)) / len(expected)
+
+    exact = evaluate_task(model, tokenizer, "arc_easy", limit=LIMIT, as_hflm=True)
+    assert exact.scoring == "rows, rounded as by HFLM"
+    assert equal(exact) > 0.9
+    greedy = [flag for sample in theirs["samples"]["arc_easy"] for _, flag in sample["filtered_resps"]]
+    assert not any(greedy)
+    assert equal(evaluate_task(model, tokenizer, "arc_easy", limit=LIMIT)) < 0.1
+
+
 def test_mmlu_with_its_five_examples_equals_hflm(monkeypatch, model, tokenizer, no_network):
     subjects = ("mmlu_anatomy", "mmlu_virology", "mmlu_astronomy")
     monkeypatch.setitem(GROUPS, "mmlu", subjects)

@@ -52,6 +52,20 @@ def test_equals_hflm(model, both_tokenizers, kind):
     assert_same(ours.loglikelihood(requests(PAIRS)), theirs.loglikelihood(requests(PAIRS), disable_tqdm=True))
 
 
+@pytest.mark.parametrize("kind", ["plain", "bos"])
+def test_as_hflm_equals_it_in_float32_too(model, both_tokenizers, kind):
+    tokenizer = both_tokenizers[kind]
+    theirs = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=4)
+    ours = Scorer(model, tokenizer, as_hflm=True)
+    assert_same(ours.loglikelihood(requests(PAIRS)), theirs.loglikelihood(requests(PAIRS), disable_tqdm=True))
+
+
+def test_texts_are_not_written_as_hflm(model, tokenizer):
+    asked = Instance(request_type="generate_until", doc={}, arguments=("Once", {"until": ["."]}), idx=0)
+    with pytest.raises(EvaluationError, match="only choices are scored with HFLM's rounding"):
+        Scorer(model, tokenizer, as_hflm=True).generate_until([asked])
+
+
 def test_a_greedy_continuation_is_recognised(model, tokenizer):
     import torch
 

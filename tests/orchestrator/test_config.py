@@ -66,6 +66,14 @@ REFUSED = [
         "evaluation.tasks[0]: thinking_tokens is given without chat; name the thinking mode with it",
     ),
     (
+        {"evaluation": {"tasks": [{"name": "gsm8k", "rounding": "hflm"}]}},
+        "evaluation.tasks[0]: rounding: hflm is of tasks that score choices; this one writes texts, so leave it out",
+    ),
+    (
+        {"evaluation": {"tasks": [{"name": "piqa", "rounding": "bfloat16"}]}},
+        "evaluation.tasks[0].rounding = 'bfloat16': ",
+    ),
+    (
         {"evaluation": {"tasks": [{"name": "piqa", "chat": "default", "thinking_tokens": 0}]}},
         "evaluation.tasks[0].thinking_tokens = 0: ",
     ),

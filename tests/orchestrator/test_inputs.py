@@ -162,7 +162,9 @@ def test_a_published_recipe_calibrates_and_measures(tiny_sweep, monkeypatch):
     assert evaluation_windows_of(inputs, "tiny", sweep.evaluation.perplexity[0]).shape == (2, 64)
 
 
-def test_a_conversation_is_another_measurement_and_plain_text_what_it_was(tiny_sweep, tiny_checkpoint, tmp_path):
+def test_a_conversation_or_rounding_is_another_measurement_and_plain_text_what_it_was(
+    tiny_sweep, tiny_checkpoint, tmp_path
+):
     def ids(directory, **fields):
         grid, evaluation = [{"method": "rtn", "weight_bits": 4}], {"tasks": [{"name": "arc_easy", "limit": 3} | fields]}
         return set(ids_of(tiny_sweep(directory, grid=grid, evaluation=evaluation)).values())
@@ -171,6 +173,8 @@ def test_a_conversation_is_another_measurement_and_plain_text_what_it_was(tiny_s
     assert len(plain - talk) == 2  # fp's and the cell's; what is quantized is the same
     # A length for thoughts is of no matter where none come.
     assert ids(tiny_checkpoint, chat="default", thinking_tokens=9) == talk
+    assert ids(tiny_checkpoint, rounding="float32") == plain
+    assert len(ids(tiny_checkpoint, rounding="hflm") - plain) == 2
     other = shutil.copytree(tiny_checkpoint, tmp_path / "other")
     template = other / "chat_template.jinja"
     template.write_text("Q: {{ messages[-1]['content'] }}" + template.read_text())

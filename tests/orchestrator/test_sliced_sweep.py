@@ -74,24 +74,24 @@ def prepared_sweep(make_sweep, tiny_checkpoint):
     """A sweep of fp and 4 bits on one task of nine documents (five units), its inputs and its plan."""
     made = {}
 
-    def make(count):
-        if count not in made:
+    def make(count, rounding="float32"):
+        if (count, rounding) not in made:
             sweep = make_sweep(
                 models=[{"name": "tiny", "source": str(tiny_checkpoint)}],
                 grid=[{"method": "rtn", "weight_bits": 4, "group_size": 32}],
-                evaluation={"tasks": [{"name": "arc_easy", "limit": 9, "slices": count}]},
+                evaluation={"tasks": [{"name": "arc_easy", "limit": 9, "slices": count, "rounding": rounding}]},
             )
             inputs = prepare(sweep, "study.yaml")
-            made[count] = sweep, inputs, make_plan(sweep, inputs.identities)
-        return made[count]
+            made[count, rounding] = sweep, inputs, make_plan(sweep, inputs.identities)
+        return made[count, rounding]
 
     return make
 
 
 @pytest.fixture
 def run(prepared_sweep):
-    def start(out, count, *, jobs=1000):
-        sweep, inputs, plan = prepared_sweep(count)
+    def start(out, count, *, jobs=1000, rounding="float32"):
+        sweep, inputs, plan = prepared_sweep(count, rounding)
         layout = Layout(out)
         pool = ShortLivedPool("test_sliced_sweep:MoodyWorker", jobs)
         with Store(layout) as store:
@@ -137,6 +137,16 @@ def test_the_rows_do_not_depend_on_the_slices(unsliced, run, tmp_path, asked, co
     assert read_table(tmp_path / "out", SLICES).num_rows == 0
     whole = ["tiny fp: arc_easy", "tiny rtn-w4-g32: arc_easy"]
     assert events(tmp_path / "out", "merged") == (whole if count > 1 else [])
+
+
+def test_the_rounding_of_hflm_does_not_depend_on_the_slices(unsliced, run, tmp_path):
+    outs = {count: tmp_path / str(count) for count in (1, 3)}
+    for count, out in outs.items():
+        assert run(out, count, rounding="hflm").failed == 0
+    assert_same_rows(*outs.values())
+    protocols = {row["protocol"] for row in read_table(outs[1], RESULTS).to_pylist()}
+    assert {json.loads(protocol)["scoring"] for protocol in protocols} == {"rows, rounded as by HFLM"}
+    assert rows(outs[1], ITEMS) != rows(unsliced, ITEMS)
 
 
 def test_a_broken_model_is_as_broken_in_slices(run, tmp_path, monkeypatch):

@@ -104,6 +104,8 @@ def test_tasks():
     arc = TASK_SIZES["arc_easy"]
     assert task_work(SHAPE, TaskConfig(name="arc_easy")) == forward_work(SHAPE, arc.documents, arc.tokens, head=False)
     assert task_work(SHAPE, TaskConfig(name="arc_easy", limit=7)) == forward_work(SHAPE, 7, arc.tokens, head=False)
+    in_rows = task_work(SHAPE, TaskConfig(name="arc_easy", limit=7, rounding="hflm"))
+    assert in_rows == 3 * task_work(SHAPE, TaskConfig(name="arc_easy", limit=7))
     shots = task_work(SHAPE, TaskConfig(name="arc_easy", limit=7, num_fewshot=2))
     assert shots == forward_work(SHAPE, 7, 3 * arc.tokens, head=False)
     gsm = TASK_SIZES["gsm8k_cot"]  # its eight examples are the same for all, and run once
