@@ -3,9 +3,9 @@
 From the events of the real sweep (`bitatlas run`, real Ray): each model is loaded once per worker, each artifact made
 once, each set of statistics of the float model computed once. Its wall time stands against the same driver with one
 worker in one process (`InlinePool`): the first blocks of SmolLM2 and little calibration, so that 21 cells take
-minutes. On the cells that llm-compressor can do too, whole model and more calibration, it stands against a shell loop
-of llm-compressor and lm-eval (`shell_loop.py`). Every side starts with an empty cache, but for the converted model,
-and its own start is in its time.
+minutes. On the grid's twelve cells that llm-compressor can do too, whole model and more calibration, it stands against
+a shell loop of llm-compressor and lm-eval (`shell_loop.py`). Every side starts with an empty cache, but for the
+converted model, and its own start is in its time.
 """
 
 import os
@@ -44,28 +44,31 @@ GRID = [
         "options": {"search_steps": 10, "allocation_tokens": 1024},
     },
 ]
-BOTH = {
-    "rtn W4 g64": Cell(
-        scheme={"method": "rtn", "weight_bits": 4, "group_size": 64},
-        peer="llmcompressor_rtn.py",
-    ),
-    "gptq W4 g64": Cell(
-        scheme={"method": "gptq", "weight_bits": 4, "group_size": 64},
-        peer="llmcompressor_gptq.py",
-    ),
-    "awq W4 g64": Cell(
-        scheme={"method": "awq", "weight_bits": 4, "group_size": 64},
-        peer="llmcompressor_awq.py",
-    ),
-    "smoothquant W8A8": Cell(
-        scheme={"method": "smoothquant", "weight_bits": 8, "activation_bits": 8},
-        peer="llmcompressor_smoothquant.py",
-    ),
+PEERS = {  # cells of the grid that llm-compressor can do: method -> its script
+    "rtn": "llmcompressor_rtn.py",
+    "gptq": "llmcompressor_gptq.py",
+    "awq": "llmcompressor_awq.py",
+    "smoothquant": "llmcompressor_smoothquant.py",
 }
+
+
+def both():
+    """Every cell of the grid that both sides can do, by name."""
+    cells = {}
+    for entry in GRID:
+        methods = entry["method"] if isinstance(entry["method"], list) else [entry["method"]]
+        for method in (method for method in methods if method in PEERS):
+            for bits in entry["weight_bits"]:
+                scheme = entry | {"method": method, "weight_bits": bits}
+                cell = Cell(scheme=scheme, peer=PEERS[method], peer_flags=("--bits", str(bits)))
+                cells[f"{method} W{bits}"] = cell
+    return cells
+
+
 SHARED = ("model_loaded", "statistics_computed", "statistics_read", "artifact_made")  # events
 KINDS = ("seconds", "cpu_seconds")
 STEPS = ("quantize", "evaluate")
-THREADS_PROBE = "gptq W4 g64"  # the cell by which the loop's and the single process's number of threads is chosen
+THREADS_PROBE = "gptq W4"  # the cell by which the loop's and the single process's number of threads is chosen
 
 
 def measure(root):
@@ -108,12 +111,12 @@ def measure(root):
         figures = {"load_before": os.getloadavg()}
         console.print("the shell loop ...")
         figures["loop"] = shell_loop(loop, scratch)
-        console.print(f"{len(BOTH)} cells by {WORKERS} workers ...")
-        figures["same_cells"] = sides.ours("both", document("both", [cell.scheme for cell in BOTH.values()]))
+        console.print(f"{len(both())} cells by {WORKERS} workers ...")
+        figures["same_cells"] = sides.ours("both", document("both", [cell.scheme for cell in both().values()]))
         console.print(f"the grid by {WORKERS} workers ...")
         figures["grid"] = sides.ours("grid", small("grid", GRID, scratch))
         console.print("the grid by one process ...")
-        figures["inline"] = sides.inline("grid", small("probe", [BOTH[THREADS_PROBE].scheme], scratch))
+        figures["inline"] = sides.inline("grid", small("probe", [both()[THREADS_PROBE].scheme], scratch))
         figures["load_after"] = os.getloadavg()
     conclude(figures)
     show(console, figures)
@@ -124,10 +127,11 @@ def shell_loop(loop, scratch):
     """Every cell of both, one after the other, with the number of threads that is faster for each kind of process."""
     # Outside of the loop's time; it leaves lm-eval's data prepared, too.
     evaluating = faster({n: loop.evaluate(loop.model, scratch / f"fp-{n}", n)[0] for n in (1, 2)})
-    probe = BOTH[THREADS_PROBE]
+    cells_of_both = both()
+    probe = cells_of_both[THREADS_PROBE]
     quantizing = faster({n: loop.quantize(probe, scratch / f"probe-{n}", n) for n in (1, 2)})
     cells = {}
-    for number, (name, cell) in enumerate(BOTH.items()):
+    for number, (name, cell) in enumerate(cells_of_both.items()):
         if cell is probe:  # which is this very process
             out, quantize = scratch / f"probe-{quantizing['threads']}", quantizing["probes"][str(quantizing["threads"])]
         else:
