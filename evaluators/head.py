@@ -15,7 +15,7 @@ import torch
 from evaluators.errors import EvaluationError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 # Bytes of one chunk of float32 logits. Larger chunks are no faster and cost memory on a worker that shares its node.
 CHUNK_BYTES = 64 * 2**20
@@ -143,20 +143,40 @@ def log_probabilities_at(
     Returns:
         float32 [M] and bool [M].
     """
-    chunk = max(1, chunk_bytes // (4 * model.vocabulary))
     log_probabilities, greedy = [], []
+    for start, logits, positions, targets in target_chunks(
+        model, hidden_NH, positions_M, targets_M, chunk_bytes=chunk_bytes
+    ):
+        wide = logits.float()
+        normalizer_N, best_N = wide.logsumexp(dim=1), wide.argmax(dim=1)
+        log_probabilities.append(wide[positions, targets] - normalizer_N[positions])
+        greedy.append(best_N[positions] == targets)
+        if observe is not None:
+            observe(LogitChunk(start=start, logits_NV=wide, normalizer_N=normalizer_N, best_N=best_N))
+    return torch.cat(log_probabilities), torch.cat(greedy)
+
+
+def target_chunks(
+    model: SplitModel,
+    hidden_NH: torch.Tensor,
+    positions_M: torch.Tensor,
+    targets_M: torch.Tensor,
+    *,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> Iterator[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Logits of consecutive positions, a chunk at a time, with the targets that are wanted there.
+
+    Yields:
+        the first position's index, logits [n, V] in the model's dtype, and of the targets in the chunk the positions
+        (counted from the first) and the token ids, on the logits' device.
+    """
+    chunk = max(1, chunk_bytes // (4 * model.vocabulary))
     starts = torch.arange(0, len(hidden_NH), chunk)
     bounds = [*torch.searchsorted(positions_M.cpu(), starts).tolist(), len(positions_M)]
     for start, low, high in zip(starts.tolist(), bounds, bounds[1:], strict=False):
-        logits = logits_of(model, hidden_NH[start : start + chunk]).float()
+        logits = logits_of(model, hidden_NH[start : start + chunk])
         positions = (positions_M[low:high] - start).to(logits.device)
-        targets = targets_M[low:high].to(logits.device)
-        normalizer_N, best_N = logits.logsumexp(dim=1), logits.argmax(dim=1)
-        log_probabilities.append(logits[positions, targets] - normalizer_N[positions])
-        greedy.append(best_N[positions] == targets)
-        if observe is not None:
-            observe(LogitChunk(start=start, logits_NV=logits, normalizer_N=normalizer_N, best_N=best_N))
-    return torch.cat(log_probabilities), torch.cat(greedy)
+        yield start, logits, positions, targets_M[low:high].to(logits.device)
 
 
 def logits_of(model: SplitModel, hidden: torch.Tensor) -> torch.Tensor:

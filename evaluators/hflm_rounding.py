@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from evaluators.head import CHUNK_BYTES, logits_of
+from evaluators.head import target_chunks
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,24 +27,18 @@ def narrow_log_probabilities_at(
     Args:
         model: the split model.
         hidden_NH: hidden states.
-        positions_M: int64 indices of hidden states.
+        positions_M: int64 indices of hidden states, in ascending order.
         targets_M: int64 token ids.
 
     Returns:
         [M] in the model's dtype, and bool [M]; of tokens that round to the same log-probability the first is the best.
     """
-    found = torch.empty(len(positions_M), dtype=hidden_NH.dtype)
-    greedy = torch.empty(len(positions_M), dtype=torch.bool)
-    chunk = max(1, CHUNK_BYTES // (4 * model.vocabulary))
-    for start in range(0, len(hidden_NH), chunk):
-        log_probabilities_NV = logits_of(model, hidden_NH[start : start + chunk]).log_softmax(-1)
-        best_N = log_probabilities_NV.argmax(-1)
-        here = (positions_M >= start) & (positions_M < start + chunk)
-        positions = (positions_M[here] - start).to(best_N.device)
-        targets = targets_M[here].to(best_N.device)
-        found[here] = log_probabilities_NV[positions, targets].cpu()
-        greedy[here] = (best_N[positions] == targets).cpu()
-    return found, greedy
+    log_probabilities, greedy = [], []
+    for _, logits_NV, positions, targets in target_chunks(model, hidden_NH, positions_M, targets_M):
+        rounded_NV = logits_NV.log_softmax(dim=1)
+        log_probabilities.append(rounded_NV[positions, targets])
+        greedy.append(rounded_NV.argmax(dim=1)[positions] == targets)
+    return torch.cat(log_probabilities), torch.cat(greedy)
 
 
 def narrow_sum(values: Sequence[float], dtype: torch.dtype) -> float:

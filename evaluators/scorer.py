@@ -26,8 +26,8 @@ from evaluators.generation import NUM_SLOTS, Generated, Generator
 from evaluators.head import log_probabilities_at, split
 from evaluators.hflm_rounding import narrow_log_probabilities_at, narrow_sum
 from evaluators.pack_size import PACK_TOKENS, pack_tokens_for
-from evaluators.padded_rows import RowRunner, row_packs_of, rows_of
 from evaluators.prefix_tree import Segment, num_distinct_tokens, packs_of, segments_of
+from evaluators.sequence_rows import RowRunner, row_packs_of, rows_of
 from evaluators.slices import unit_of
 from evaluators.tree_attention import TreeRunner, cost_for, reason_against
 
@@ -91,8 +91,8 @@ class Scorer(TemplateLM):  # type: ignore[misc]  # lm_eval is untyped
 
     Attributes:
         num_truncated: requests so far whose context was cut on the left to fit the model.
-        scoring: "token trees", or "padded rows" with the reason why trees cannot be trusted with this model, or rows
-            as HFLM's; with the size of packs where it is not the usual one.
+        scoring: "token trees", "padded rows" with the reason why trees cannot be trusted with this model, or "rows (as
+            HFLM)"; with the size of packs where it is not the usual one.
         work: what has been computed so far.
         generated: what was generated for each (task, document), in the order of its requests.
     """
@@ -132,11 +132,9 @@ class Scorer(TemplateLM):  # type: ignore[misc]  # lm_eval is untyped
         self._as_hflm = as_hflm
         self._log_probabilities_at = narrow_log_probabilities_at if as_hflm else log_probabilities_at
         self._add = partial(narrow_sum, dtype=model.dtype) if as_hflm else math.fsum
-        against = None if as_hflm else reason_against(self._model)
-        self._trusts_trees = against is None and not as_hflm
-        self.scoring = "token trees" if against is None else f"padded rows ({against})"
-        if as_hflm:
-            self.scoring = "rows, rounded as by HFLM"
+        against = "as HFLM" if as_hflm else reason_against(self._model)
+        self._trusts_trees = against is None
+        self.scoring = "token trees" if against is None else f"{'' if as_hflm else 'padded '}rows ({against})"
         if pack_tokens is None:
             pack_tokens = pack_tokens_for(self._model) if self._trusts_trees else PACK_TOKENS
             pack_tokens = max(1, int(pack_tokens * memory_share))

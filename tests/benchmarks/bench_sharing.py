@@ -34,37 +34,28 @@ GRID_CALIBRATION = {"corpus": "lambada", "samples": 8, "sequence_length": 256, "
 PERPLEXITY = {"corpus": "boolq-passages", "sequence_length": 512, "max_windows": 2}
 # BiLLM is of one bit alone: three settings of it. Searches of it and of SliM-LLM are cut short, as in `bitatlas demo`.
 GRID = [
-    {"method": "billm", "weight_bits": 1, "options": {"max_salient": [2, 4, 8]}},
+    {"method": ["billm"], "weight_bits": [1], "options": {"max_salient": [2, 4, 8]}},
     {"method": ["rtn", "gptq", "gptaq", "awq"], "weight_bits": [4, 3, 2], "group_size": 64},
-    {"method": "smoothquant", "weight_bits": [8, 4, 3], "activation_bits": 8},
+    {"method": ["smoothquant"], "weight_bits": [8, 4, 3], "activation_bits": 8},
     {
-        "method": "slim_llm",
+        "method": ["slim_llm"],
         "weight_bits": [4, 3, 2],
         "group_size": 64,
         "options": {"search_steps": 10, "allocation_tokens": 1024},
     },
 ]
-PEERS = {  # cells of the grid that llm-compressor can do: method -> its script
-    "rtn": "llmcompressor_rtn.py",
-    "gptq": "llmcompressor_gptq.py",
-    "awq": "llmcompressor_awq.py",
-    "smoothquant": "llmcompressor_smoothquant.py",
+PEERS = ("rtn", "gptq", "awq", "smoothquant")
+BOTH = {  # the cells of the grid that llm-compressor can do
+    f"{method} W{bits}": Cell(
+        scheme=entry | {"method": method, "weight_bits": bits},
+        peer=f"llmcompressor_{method}.py",
+        peer_flags=("--bits", str(bits)),
+    )
+    for entry in GRID
+    for method in entry["method"]
+    for bits in entry["weight_bits"]
+    if method in PEERS
 }
-
-
-def both():
-    """Every cell of the grid that both sides can do, by name."""
-    cells = {}
-    for entry in GRID:
-        methods = entry["method"] if isinstance(entry["method"], list) else [entry["method"]]
-        for method in (method for method in methods if method in PEERS):
-            for bits in entry["weight_bits"]:
-                scheme = entry | {"method": method, "weight_bits": bits}
-                cell = Cell(scheme=scheme, peer=PEERS[method], peer_flags=("--bits", str(bits)))
-                cells[f"{method} W{bits}"] = cell
-    return cells
-
-
 SHARED = ("model_loaded", "statistics_computed", "statistics_read", "artifact_made")  # events
 KINDS = ("seconds", "cpu_seconds")
 STEPS = ("quantize", "evaluate")
@@ -111,12 +102,12 @@ def measure(root):
         figures = {"load_before": os.getloadavg()}
         console.print("the shell loop ...")
         figures["loop"] = shell_loop(loop, scratch)
-        console.print(f"{len(both())} cells by {WORKERS} workers ...")
-        figures["same_cells"] = sides.ours("both", document("both", [cell.scheme for cell in both().values()]))
+        console.print(f"{len(BOTH)} cells by {WORKERS} workers ...")
+        figures["same_cells"] = sides.ours("both", document("both", [cell.scheme for cell in BOTH.values()]))
         console.print(f"the grid by {WORKERS} workers ...")
         figures["grid"] = sides.ours("grid", small("grid", GRID, scratch))
         console.print("the grid by one process ...")
-        figures["inline"] = sides.inline("grid", small("probe", [both()[THREADS_PROBE].scheme], scratch))
+        figures["inline"] = sides.inline("grid", small("probe", [BOTH[THREADS_PROBE].scheme], scratch))
         figures["load_after"] = os.getloadavg()
     conclude(figures)
     show(console, figures)
@@ -127,11 +118,10 @@ def shell_loop(loop, scratch):
     """Every cell of both, one after the other, with the number of threads that is faster for each kind of process."""
     # Outside of the loop's time; it leaves lm-eval's data prepared, too.
     evaluating = faster({n: loop.evaluate(loop.model, scratch / f"fp-{n}", n)[0] for n in (1, 2)})
-    cells_of_both = both()
-    probe = cells_of_both[THREADS_PROBE]
+    probe = BOTH[THREADS_PROBE]
     quantizing = faster({n: loop.quantize(probe, scratch / f"probe-{n}", n) for n in (1, 2)})
     cells = {}
-    for number, (name, cell) in enumerate(cells_of_both.items()):
+    for number, (name, cell) in enumerate(BOTH.items()):
         if cell is probe:  # which is this very process
             out, quantize = scratch / f"probe-{quantizing['threads']}", quantizing["probes"][str(quantizing["threads"])]
         else:

@@ -1,10 +1,22 @@
 """The counts of what a sweep shared, on events without a sweep."""
 
+from pathlib import Path
+
 import pytest
 
 from orchestrator.plan import make_plan
-from tests.benchmarks.bench_sharing import counts
+from tests.benchmarks import bench_sharing
+from tests.benchmarks.bench_sharing import BOTH, THREADS_PROBE, counts
 from tests.benchmarks.made_up import document, made_up
+
+
+def test_both_sides_can_do_twelve_cells_of_the_grid():
+    assert len(BOTH) == 12
+    assert THREADS_PROBE in BOTH
+    assert BOTH["gptq W3"].scheme == {"method": "gptq", "weight_bits": 3, "group_size": 64}
+    assert BOTH["smoothquant W3"].scheme == {"method": "smoothquant", "weight_bits": 3, "activation_bits": 8}
+    scripts = Path(bench_sharing.__file__).parent / "peers"
+    assert all((scripts / cell.peer).is_file() for cell in BOTH.values())
 
 
 @pytest.fixture

@@ -76,10 +76,8 @@ def test_the_rounding_of_hflm_in_16_bits(make_llama, tokenizer, no_network):
         return sum(one == other for one, other in zip(ours, expected, strict=True)) / len(expected)
 
     exact = evaluate_task(model, tokenizer, "arc_easy", limit=LIMIT, as_hflm=True)
-    assert exact.scoring == "rows, rounded as by HFLM"
+    assert exact.scoring == "rows (as HFLM)"
     assert equal(exact) > 0.9
-    greedy = [flag for sample in theirs["samples"]["arc_easy"] for _, flag in sample["filtered_resps"]]
-    assert not any(greedy)
     assert equal(evaluate_task(model, tokenizer, "arc_easy", limit=LIMIT)) < 0.1
 
 

@@ -18,8 +18,8 @@ from orchestrator.store import read_table
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(420)]
 
 # Each job's rows are committed at once, as those of long jobs are: what is tested is what there is in between.
-COMMANDS = "from orchestrator import cli, sweep; sweep._COMMIT_SECONDS = 0.0; cli.main()"
-BITATLAS = [sys.executable, "-c", COMMANDS]
+PROGRAM = "from orchestrator import cli, sweep; sweep._COMMIT_SECONDS = 0.0; cli.main()"
+BITATLAS = [sys.executable, "-c", PROGRAM]
 GRID = [
     {"method": "rtn", "weight_bits": [8, 4], "group_size": 32},
     {"method": "gptq", "weight_bits": [4, 2], "group_size": 32},

@@ -145,7 +145,7 @@ def test_the_rounding_of_hflm_does_not_depend_on_the_slices(unsliced, run, tmp_p
         assert run(out, count, rounding="hflm").failed == 0
     assert_same_rows(*outs.values())
     protocols = {row["protocol"] for row in read_table(outs[1], RESULTS).to_pylist()}
-    assert {json.loads(protocol)["scoring"] for protocol in protocols} == {"rows, rounded as by HFLM"}
+    assert {json.loads(protocol)["scoring"] for protocol in protocols} == {"rows (as HFLM)"}
     assert rows(outs[1], ITEMS) != rows(unsliced, ITEMS)
 
 

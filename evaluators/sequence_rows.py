@@ -1,4 +1,5 @@
-"""Running token sequences one per row: for models that token trees cannot be trusted with, padded on the right."""
+"""Running token sequences one per row, each whole: for models that token trees cannot be trusted with, and for scores
+with HFLM's bits. Rows are padded on the right, or only those of one length stand side by side."""
 
 from __future__ import annotations
 
