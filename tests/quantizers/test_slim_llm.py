@@ -12,82 +12,13 @@ from hypothesis import strategies as st
 from quantizers.errors import QuantizationError
 from quantizers.gptq import Gptq, gptq
 from quantizers.grid import Grid, decode, encode, fit_group
-from quantizers.linalg import inverse_cholesky
 from quantizers.method import LinearGroup
 from quantizers.mixed_weight import MixedWeight
-from quantizers.slim_llm import SlimLlm, allocated_bits, allocation_errors, calibrate, rank_groups, salient
+from quantizers.slim_llm import SlimLlm, calibrate, salient
 from quantizers.statistics import InputStatistics
+from tests.quantizers.slim_problems import PRESETS, Problem, options, problem, settings
 from tests.reference import gptq as gptq_reference
 from tests.reference import slim_llm as reference
-
-PRESETS = list(SlimLlm.presets)
-SETTINGS = {field.name for field in dataclasses.fields(reference.Settings)}
-
-
-def options(bits, group_size=8, preset="corrected", scale_dtype="float16", **fields):
-    grid = Grid(bits=bits, group_size=group_size, scale_dtype=scale_dtype, tail_group=True)
-    return SlimLlm(grid=grid, **(dict(SlimLlm.presets[preset]) | fields))
-
-
-def settings(method):
-    grid = method.grid
-    shared = {name: getattr(method, name) for name in SETTINGS - {"bits", "group_size", "scale_dtype"}}
-    return reference.Settings(bits=grid.bits, group_size=grid.group_size, scale_dtype=grid.scale_dtype, **shared)
-
-
-@dataclasses.dataclass
-class Problem:
-    """A linear whose groups of 8 columns matter unequally, and the inputs that calibrate it."""
-
-    weight: torch.Tensor
-    bias: torch.Tensor
-    hessian: torch.Tensor
-    sample: torch.Tensor
-
-    def quantize(self, method, bias=True):
-        outcome = self.outcome(method, bias)
-        assert outcome.damping == method.damping
-        return outcome.weights[0]
-
-    def outcome(self, method, bias=True):
-        statistics = InputStatistics(hessian_II=self.hessian, sample_TI=self.sample)
-        group = LinearGroup(
-            names=["q"], weights=[self.weight], biases=[self.bias if bias else None], statistics=statistics
-        )
-        return method.quantize(group)
-
-    def slowly(self, method, bias=True):
-        return reference.quantize(
-            self.weight.numpy(),
-            self.bias.numpy() if bias else None,
-            self.hessian.numpy(),
-            self.sample.numpy(),
-            settings(method),
-        )
-
-    def errors(self, method, bias=True):
-        weight = self.weight.masked_fill(self.hessian.diagonal() == 0, 0.0)
-        ranking = rank_groups(weight, self.diagonal(method), method.grid.group_size)
-        return allocation_errors(weight, self.bias if bias else None, self.sample, ranking, method)
-
-    def diagonal(self, method):
-        unseen = (self.hessian.diagonal() == 0).float()
-        return inverse_cholesky(self.hessian + torch.diag(unseen + method.absolute_damping), method.damping)[
-            0
-        ].diagonal()
-
-
-def problem(seed, rows=8, columns=72, *, tokens=24, spread=1.0, dead=()):
-    generator = torch.Generator().manual_seed(seed)
-    importance = torch.exp(spread * torch.randn(-(-columns // 8), generator=generator))
-    weight = torch.randn(rows, columns, generator=generator) * 0.1
-    mixing = torch.eye(columns) + 0.6 * torch.randn(columns, columns, generator=generator) / columns**0.5
-    inputs = torch.randn(3 * columns + tokens, columns, generator=generator) @ mixing
-    inputs *= importance.repeat_interleave(8)[:columns]
-    inputs[:, list(dead)] = 0.0
-    hessian = 2 / 8 * inputs.double().T @ inputs.double()
-    bias = torch.randn(rows, generator=generator)
-    return Problem(weight, bias, ((hessian + hessian.T) / 2).float(), inputs[:tokens].contiguous())
 
 
 def compare(linear, method, lax_rows=1):
@@ -187,95 +118,6 @@ def test_equal_bits_and_fitted_ranges_make_it_gptq(make_problem, bits, group_siz
     assert torch.equal(quantized.scale_OG, expected.scale_OG)
     assert torch.equal(quantized.zero_OG, expected.zero_OG)
     assert torch.equal(quantized.decode(), expected.decode())
-
-
-@pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("columns", [8, 16, 24, 31])
-def test_fewer_than_four_groups_keep_their_bits(preset, columns):
-    quantized = problem(0, columns=columns).quantize(options(3, preset=preset))
-    assert set(quantized.group_bits) == {3}
-
-
-@pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize(("bits", "columns"), list(itertools.product(range(2, 8), (64, 72, 77))))
-def test_average_bits_are_exact(preset, bits, columns):
-    linear = problem(bits, columns=columns)
-    quantized = linear.quantize(options(bits, preset=preset, search_steps=1))
-    assert quantized.published_bits_per_weight == bits
-    assert set(quantized.group_bits) <= {bits - 1, bits, bits + 1}
-    if preset == "as_published":
-        assert len(set(quantized.group_bits)) > 1
-    if columns == 77:
-        assert quantized.group_bits[-1] == bits
-
-
-@pytest.mark.parametrize("preset", PRESETS)
-def test_allocation_follows_salience(preset):
-    mixed = 0
-    for seed in range(6):
-        linear, method = problem(seed, columns=96), options(2, preset=preset, search_steps=1)
-        bits = linear.quantize(method).group_bits
-        salience = (linear.weight / linear.diagonal(method)).square().sum(0).reshape(12, 8).sum(1)
-        by_salience = [bits[group] for group in salience.argsort().tolist()]
-        assert by_salience == sorted(by_salience)
-        mixed += len(set(bits)) > 1
-    assert mixed >= 4
-
-
-def test_inputs_that_matter_raise_the_bits_of_their_group():
-    linear = problem(0, columns=64, spread=0.0)
-    for group in (0, 3, 7):
-        scale = torch.ones(64)
-        scale[group * 8 : group * 8 + 8] = 30.0
-        louder = Problem(linear.weight, linear.bias, linear.hessian * scale * scale[:, None], linear.sample * scale)
-        assert louder.quantize(options(3, search_steps=1)).group_bits[group] == 4
-        assert louder.quantize(options(3, search_steps=1, include_uniform=False)).group_bits[group] == 4
-
-
-@pytest.mark.parametrize(("bits", "seed"), list(itertools.product((2, 3, 5), range(4))))
-def test_choice_is_the_best_of_all_allocations(bits, seed):
-    linear, method = problem(seed, columns=96), options(bits, search_steps=1)
-    errors = linear.errors(method)
-    assert list(errors) == [0, 1, 2, 3, 4, 5]
-    ranking = rank_groups(linear.weight, linear.diagonal(method), 8)
-    chosen = linear.quantize(method).group_bits
-    pairs = sum(own > bits for own in chosen)
-    assert errors[pairs] == min(errors.values()) <= errors[0]
-    assert chosen == allocated_bits(ranking, pairs, [bits] * 12)
-    # The same divergence of what the chosen bits stand for, from the whole outputs.
-    parts = zip(torch.split(linear.weight, 8, 1), chosen, strict=True)
-    rounded = torch.cat([to_nearest(part, dataclasses.replace(method.grid, bits=own)) for part, own in parts], 1)
-    logs = [
-        torch.log_softmax(torch.nn.functional.linear(linear.sample, w, linear.bias), 1)
-        for w in (rounded, linear.weight)
-    ]
-    divergence = torch.nn.functional.kl_div(logs[1], logs[0], log_target=True, reduction="batchmean").item()
-    assert divergence == pytest.approx(errors[pairs], rel=1e-3)
-
-
-def to_nearest(weight, grid):
-    scale, zero = (part.unsqueeze(1) for part in fit_group(weight, grid))
-    return decode(encode(weight, scale, zero, grid), scale, zero)
-
-
-def test_uniform_is_left_out_as_published():
-    linear = problem(1, columns=96)
-    with_uniform, without = (linear.errors(options(3, include_uniform=on)) for on in (True, False))
-    assert with_uniform[0] > 0
-    assert without == {pairs: error for pairs, error in with_uniform.items() if pairs}
-
-
-def test_allocation_sees_the_bias_on_both_sides():
-    linear, method = problem(4, columns=96), options(3)
-    with_bias, without = linear.errors(method), linear.errors(method, bias=False)
-    assert with_bias != pytest.approx(without, rel=1e-2)
-    # What all outputs share leaves softmax alone.
-    linear.bias = torch.full_like(linear.bias, 3.0)
-    assert linear.errors(method) == pytest.approx(without, rel=1e-3)
-    # A bias on one side alone looks like an error of the weights.
-    linear.bias = torch.randn(8, generator=torch.Generator().manual_seed(0))
-    one_sided = linear.errors(dataclasses.replace(method, bias_in_allocation=False))
-    assert all(one_sided[pairs] > 2 * error for pairs, error in linear.errors(method).items())
 
 
 @pytest.mark.parametrize("salient_weight", [1.0, 4.0])
