@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from quantizers.errors import QuantizationError
 from quantizers.families import linear_at
 from quantizers.grid import Grid, decode, encode, fit_group, round_to_grid
+from quantizers.linalg import quadratic_form
 from quantizers.method import BlockTransform, FloatBlock, LinearGroup, Method, MethodOutcome, Needs
 from quantizers.rescaling import Rescaling, value_reaches_output_unmixed
 from quantizers.rtn import round_to_nearest
@@ -145,8 +146,7 @@ class _Search:
         weight, hessian = self.rescaling.weight(name), self._hessians[stage]
 
         def loss(scale_I: Tensor) -> float:
-            difference = self._rounded(weight, scale_I) - weight
-            return float(((difference @ hessian) * difference).sum())
+            return float(quadratic_form(self._rounded(weight, scale_I) - weight, hessian))
 
         return self._least([weight], mean_abs_I, loss)
 
