@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.errors import BitatlasError, reason
-from orchestrator.models.checkpoint import weight_files
+from orchestrator.models.checkpoint import read_config, weight_files
+from orchestrator.models.openpangu import TOKENIZER_CLASS, check_tokenizer_files, is_openpangu, llama_config
 
 if TYPE_CHECKING:
     import torch
@@ -45,12 +47,18 @@ def empty_model(directory: Path, dtype: str, where: str) -> PreTrainedModel:
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    published = read_config(directory, where)
     try:
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        if is_openpangu(published):
+            config: Any = llama_config(published, f"{where} = '{directory}'")
+        else:
+            config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(
                 config, dtype=_dtype(config, dtype), attn_implementation="sdpa", trust_remote_code=False
             )
+    except BitatlasError:
+        raise
     except Exception as error:  # whatever a configuration's values make transformers raise
         raise BitatlasError(f"{where} = '{directory}': this architecture cannot be built ({reason(error)})") from error
     model.tie_weights()
@@ -136,9 +144,21 @@ def load_tokenizer(directory: Path, where: str = "model") -> PreTrainedTokenizer
     from transformers import AutoTokenizer
 
     try:
+        if _tokenizer_class(directory) == TOKENIZER_CLASS:
+            check_tokenizer_files(directory, f"{where} = '{directory}'")
+            from orchestrator.models.openpangu_tokenizer import PanguTokenizer
+
+            tokenizer: PreTrainedTokenizerBase = PanguTokenizer.from_pretrained(directory, local_files_only=True)
+            return tokenizer
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-    except (ValueError, OSError, KeyError) as error:
+    except (ValueError, OSError, KeyError, RuntimeError) as error:
         raise BitatlasError(f"{where} = '{directory}': no usable tokenizer ({reason(error)})") from error
+
+
+def _tokenizer_class(directory: Path) -> object:
+    path = directory / "tokenizer_config.json"
+    document = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return document.get("tokenizer_class") if isinstance(document, dict) else None
 
 
 def verified_directory(model: Mapping[str, str], what: str) -> Path:
