@@ -58,7 +58,8 @@ class PanguTokenizer(PreTrainedTokenizer):  # type: ignore[misc]  # transformers
     def get_vocab(self) -> dict[str, int]:
         """Piece -> id."""
         vocabulary = {str(self._pieces.IdToPiece(index)): index for index in range(self.vocab_size)}
-        return vocabulary | self.added_tokens_encoder
+        vocabulary.update(self.added_tokens_encoder)
+        return vocabulary
 
     def _tokenize(self, text: str, **_: Any) -> list[str]:
         return list(self._pieces.EncodeAsPieces(text))
