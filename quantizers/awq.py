@@ -49,10 +49,10 @@ class Awq(Method):
     num_ratios: int = 20
     num_clips: int = 10
     clip_tokens: int = 512
-    search_windows: int = 4
+    search_windows: int = 2
 
     name: ClassVar[str] = "awq"
-    code_version: ClassVar[str] = "awq/2"
+    code_version: ClassVar[str] = "awq/3"
     default_convention: ClassVar[str] = "awq-asym"
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"corrected": {}, "as_published": {"search_windows": 0}}
 
