@@ -19,7 +19,7 @@ from torch import Tensor
 from quantizers.binarized_weight import BinarizedBlock, BinarizedWeight, level, stored_bytes, stored_level
 from quantizers.errors import QuantizationError
 from quantizers.grid import PER_CHANNEL
-from quantizers.linalg import inverse_cholesky, without_unseen
+from quantizers.linalg import check_factorization, inverse_cholesky, without_unseen
 from quantizers.method import LinearGroup, Method, MethodOutcome, Needs
 
 METRICS = ("hessian", "magnitude")
@@ -34,6 +34,7 @@ class Billm(Method):
     Args:
         block_size: columns that share salient columns and levels, and whose error is handed on at once.
         damping: fraction of the mean Hessian diagonal added to the diagonal.
+        factorization: `host` in float64, or `device` in float32; see `linalg.inverse_cholesky`.
         true_sequential: within a decoder block, later linears see the quantized earlier ones; as released, all are
             quantized at once.
         salient_metric: what ranks columns: `hessian`, the sum of w^2 / U_jj^2 over rows, or `magnitude`, of |w|.
@@ -51,6 +52,7 @@ class Billm(Method):
 
     block_size: int = 128
     damping: float = 0.01
+    factorization: str = "host"
     true_sequential: bool = True
     salient_metric: str = "hessian"
     search_on: str = "loss"
@@ -78,6 +80,7 @@ class Billm(Method):
             QuantizationError: a value outside its rule.
         """
         super().__post_init__()
+        check_factorization(self.factorization)
         if self.grid.group_size != PER_CHANNEL:
             raise QuantizationError(
                 f"group_size = {self.grid.group_size}: billm has blocks of options.block_size columns instead of "
@@ -109,7 +112,7 @@ class Billm(Method):
         if group.statistics is None:
             raise AssertionError("BiLLM needs the statistics of its inputs")
         hessian_II, unseen = without_unseen(group.statistics.require_hessian())
-        inverse_UII, damping = inverse_cholesky(hessian_II, self.damping)
+        inverse_UII, damping = inverse_cholesky(hessian_II, self.damping, self.factorization)
         weights = [billm(weight.masked_fill(unseen, 0.0), inverse_UII, self) for weight in group.weights]
         return MethodOutcome(weights=weights, damping=damping)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from quantizers.errors import QuantizationError
 from quantizers.grid import Grid, decode, encode, fit_grid, fit_group
-from quantizers.linalg import inverse_cholesky, without_unseen
+from quantizers.linalg import check_factorization, inverse_cholesky, without_unseen
 from quantizers.method import LinearGroup, Method, MethodOutcome, Needs
 from quantizers.uniform_weight import UniformWeight
 
@@ -40,6 +40,7 @@ class Gptq(Method):
             groups; otherwise a group's grid is fitted when its first column is reached, to the corrected weights.
         true_sequential: within a block, later linears see the quantized earlier ones (--true-sequential).
         damping: fraction of the mean Hessian diagonal added to the diagonal (--percdamp).
+        factorization: `host` in float64, or `device` in float32; see `linalg.inverse_cholesky`.
         block_size: columns whose corrections are applied to the rest of the matrix at once; speed only.
         stale_groups: as in the released code, fit a dynamic group to the weights as they were when its block of
             columns began; this differs where groups are smaller than blocks.
@@ -49,6 +50,7 @@ class Gptq(Method):
     static_groups: bool = True
     true_sequential: bool = True
     damping: float = 0.01
+    factorization: str = "host"
     block_size: int = 128
     stale_groups: bool = False
 
@@ -68,6 +70,7 @@ class Gptq(Method):
             QuantizationError: a value outside its rule.
         """
         super().__post_init__()
+        check_factorization(self.factorization)
         if not 0 < self.damping <= 1:
             raise QuantizationError(f"options.damping = {self.damping} must be above 0 and at most 1")
         if self.block_size < 1:
@@ -127,7 +130,7 @@ def gptq(
         order = torch.argsort(diagonal, descending=True, stable=True)
     else:
         order = torch.arange(in_features, device=weight_OI.device)
-    inverse_UII, damping = inverse_cholesky(hessian_II[order][:, order], options.damping)
+    inverse_UII, damping = inverse_cholesky(hessian_II[order][:, order], options.damping, options.factorization)
     forward_PII = asymmetry.forward(inverse_UII, order, unseen) if asymmetry else None
 
     size = grid.group_columns(in_features)

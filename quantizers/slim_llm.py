@@ -19,7 +19,7 @@ from torch import Tensor
 from quantizers.errors import QuantizationError
 from quantizers.gptq import quantize_columns
 from quantizers.grid import PER_CHANNEL, SCALE_DTYPES, Grid, decode, encode, fit_group, stored_scale
-from quantizers.linalg import inverse_cholesky, without_unseen
+from quantizers.linalg import check_factorization, inverse_cholesky, without_unseen
 from quantizers.method import ALL_TOKENS, LinearGroup, Method, MethodOutcome, Needs
 from quantizers.mixed_weight import MixedWeight
 
@@ -40,6 +40,7 @@ class SlimLlm(Method):
 
     Args:
         damping: fraction of the mean Hessian diagonal added to the diagonal.
+        factorization: `host` in float64, or `device` in float32; see `linalg.inverse_cholesky`.
         absolute_damping: added to the Hessian's diagonal before that; the released code adds 0.01 whatever the
             Hessian's size.
         true_sequential: within a decoder block, later linears see the quantized earlier ones; as released, all are
@@ -61,6 +62,7 @@ class SlimLlm(Method):
     """
 
     damping: float = 0.01
+    factorization: str = "host"
     absolute_damping: float = 0.0
     true_sequential: bool = True
     block_size: int = 128
@@ -114,6 +116,7 @@ class SlimLlm(Method):
             QuantizationError: a value outside its rule.
         """
         super().__post_init__()
+        check_factorization(self.factorization)
         if self.grid.group_size == PER_CHANNEL:
             raise QuantizationError(
                 f"group_size = {self.grid.group_size}: slim_llm gives each group its own bits; set group_size"
@@ -148,7 +151,7 @@ class SlimLlm(Method):
         hessian_II, unseen = without_unseen(group.statistics.require_hessian())
         if self.absolute_damping:
             hessian_II = hessian_II + self.absolute_damping * torch.eye(len(unseen), device=hessian_II.device)
-        inverse_UII, damping = inverse_cholesky(hessian_II, self.damping)
+        inverse_UII, damping = inverse_cholesky(hessian_II, self.damping, self.factorization)
         weights = [
             slim_llm(weight.masked_fill(unseen, 0.0), bias, inverse_UII, group.statistics.sample_TI, self)
             for weight, bias in zip(group.weights, group.biases, strict=True)

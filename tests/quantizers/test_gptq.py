@@ -159,7 +159,7 @@ def test_block_size_changes_no_bit_where_sums_are_exact(monkeypatch, act_order):
     weight[:, 0], weight[:, -1] = -7.0, 8.0
     sparse = torch.rand(columns, columns, generator=generator) < 4 / columns
     factor = torch.eye(columns) + torch.triu(sparse * torch.randint(-1, 2, sparse.shape, generator=generator), 1)
-    monkeypatch.setattr("quantizers.gptq.inverse_cholesky", lambda hessian, damping: (factor, damping))
+    monkeypatch.setattr("quantizers.gptq.inverse_cholesky", lambda hessian, damping, _: (factor, damping))
     hessian = torch.diag(torch.rand(columns, generator=generator) + 0.5)  # its diagonal gives the order
     grid = Grid(bits=4, group_size=0)
     results = [
