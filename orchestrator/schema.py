@@ -156,6 +156,7 @@ EVENTS = Table(
         "error_kind": "string",
         "error": "string",
         "seconds": "float64",  # that this took; of session_started, that all is estimated to take
+        "peak_memory_bytes": "int64",  # of finished: the job's, of the device where there is one, else the process's
         "jobs": "int64",  # of session_started: how many the plan has
         "at": _TIMESTAMP,
     },

@@ -339,8 +339,17 @@ class Driver:
                     finished_at=times[1],
                 )
             )
+        peak = completion.result.get("peak_memory_bytes") if event == "finished" else None
         rows["events"].append(
-            self._events.of_job(event, job, completion.worker, attempt, status=status, seconds=completion.seconds)
+            self._events.of_job(
+                event,
+                job,
+                completion.worker,
+                attempt,
+                status=status,
+                seconds=completion.seconds,
+                peak_memory_bytes=peak,
+            )
         )
 
     def _add_rows(
