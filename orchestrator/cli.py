@@ -80,15 +80,20 @@ def demo(out: Path | None) -> int:
 @bitatlas.command()
 @_SWEEP
 @_OUT
-def plan(sweep_file: Path, out: Path | None) -> int:
+@click.option(
+    "--outline",
+    is_flag=True,
+    help="Plan from configurations alone, before weights and data are there: nothing but a config.json is fetched.",
+)
+def plan(sweep_file: Path, out: Path | None, outline: bool) -> int:
     """Show what a sweep would do, and do nothing.
 
-    Lists cells, jobs, what is done already in the output directory, the size of every checkpoint, and the estimated
-    time with what it rests on: a nominal rate, or jobs seen on this device.
+    Lists cells, jobs, what is done already in the output directory, the size of every checkpoint, the estimated time
+    with what it rests on (a nominal rate, or jobs seen on this device), a worker's memory and the disk's share.
     """
     from orchestrator.commands import plan_command
 
-    return plan_command(sweep_file, out=out)
+    return plan_command(sweep_file, out=out, outline=outline)
 
 
 @bitatlas.command()

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.table import Table
 
 from orchestrator.config import Sweep, read_sweep
 from orchestrator.errors import BitatlasError
@@ -19,6 +18,7 @@ from orchestrator.plan import Plan, make_plan
 
 if TYPE_CHECKING:
     from orchestrator.inputs import Inputs
+    from orchestrator.plan import Plan
     from orchestrator.sweep import Summary
     from orchestrator.view import View
 
@@ -192,53 +192,48 @@ def _conclude(summary: Summary, again: str, layout: Layout, console: Console, *,
     return SOME_FAILED if summary.failed else OK
 
 
-def plan_command(file: Path, *, out: Path | None) -> int:
+def plan_command(file: Path, *, out: Path | None, outline: bool = False) -> int:
     """Print what a sweep would do."""
     from orchestrator.claim import claim_output
     from orchestrator.cost_store import observations_file
+    from orchestrator.footprint import footprint
     from orchestrator.forecast import describe, devices_of, forecast
     from orchestrator.history import read_history
     from orchestrator.models.source import node_cache
-    from orchestrator.rows import size_columns
+    from orchestrator.plan_view import plan_table, room_lines
     from orchestrator.sweep import finished_jobs
 
     console = Console()
     sweep, _ = _read(file, console)
     layout = _layout(sweep, out)
     claim_output(layout, sweep)
-    inputs, plan = _prepare(sweep, file, console)
+    inputs, plan = _outlined(sweep, file) if outline else _prepare(sweep, file, console)
     history = read_history(layout.root)
-    done = finished_jobs(layout, plan, history.states())
-    table = Table(title=f"{sweep.name}: {len(plan.cells)} cells, {len(plan.jobs)} jobs, {len(done)} done")
-    table.add_column("cell")
-    for heading in ("jobs", "done", "bits/weight", "checkpoint MB"):
-        table.add_column(heading, justify="right")
-    for cell in plan.cells:
-        model = inputs.models[cell.model]
-        jobs = [job for job in plan.jobs if job.cell.id == cell.id]
-        stored = None
-        if cell.scheme:
-            method = cell.scheme.build()
-            stored = sum(method.stored_bytes(rows, columns) for rows, columns in model.shape.linears.values())
-        size = size_columns(cell, model, stored)
-        table.add_row(
-            cell.id,
-            str(len(jobs)),
-            str(sum(job.id in done for job in jobs)),
-            f"{size['decoder_bits_per_weight']:.3f}",
-            f"{size['checkpoint_bytes'] / 1e6:.1f}",
-        )
-    console.print(table)
-    largest = max(model.shape.fp_bytes for model in inputs.models.values())
-    console.print(f"output: {layout.root}; a worker maps at most {largest / 1e6:.0f} MB of weights", highlight=False)
+    done = set() if outline else finished_jobs(layout, plan, history.states())
+    console.print(plan_table(sweep.name, plan, inputs, None if outline else done))
     devices = devices_of(sweep.workers)
-    events = history.observed()
-    found = forecast(plan.jobs, inputs, devices, events=events, kept=observations_file(node_cache()))
+    found = forecast(plan.jobs, inputs, devices, events=history.observed(), kept=observations_file(node_cache()))
     if found.warning:
         console.print(f"warning: {found.warning}", style="yellow", markup=False, highlight=False, soft_wrap=True)
-    for line in describe(found, plan.jobs, done, devices):
+    lines = [
+        *describe(found, plan.jobs, done, devices),
+        *room_lines(footprint(plan.jobs, inputs, devices.kind), str(layout.root)),
+    ]
+    if outline:
+        lines.append(
+            "an outline, by configurations alone: what is done already is not looked at, sizes of data are rough"
+        )
+    for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     return OK
+
+
+def _outlined(sweep: Sweep, file: Path) -> tuple[Inputs, Plan]:
+    from orchestrator.outline import outline
+    from orchestrator.plan import make_plan
+
+    inputs = outline(sweep, str(file))
+    return inputs, make_plan(sweep, inputs.identities)
 
 
 def status_command(directory: Path, *, watch: bool = False) -> int:

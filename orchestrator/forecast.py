@@ -78,11 +78,12 @@ def forecast(
         kept: the file of earlier sweeps' observations; None is none.
     """
     known, warning = (Observations(), None) if kept is None else read_observations(kept)
-    work = works(jobs, inputs)
+    nominal = nominal_rate(devices.kind, devices.threads)
+    on_host = nominal_rate("cpu", devices.threads)
+    work = works(jobs, inputs, host_cost=nominal / on_host if devices.is_accelerator else 1.0)
     known = known.plus(observe(events, jobs, inputs, threads=devices.threads, work=work))
     name = devices.name or next((event["device"] for event in events if event["device"]), None)
     device = None if name is None else device_key(name, devices.threads)
-    nominal = nominal_rate(devices.kind, devices.threads)
     return Forecast(
         seconds=estimate(jobs, inputs, known, device=device or "", nominal=nominal, work=work),
         jobs_seen=0 if device is None else known.count(device),

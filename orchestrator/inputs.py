@@ -77,7 +77,7 @@ def prepare(sweep: Sweep, file: str) -> Inputs:
         ):
             raise BitatlasError(f"{where} = {model.source!r} is the same checkpoint as model {other!r}; name it once")
         models[model.name] = found
-        _check_schemes(sweep, found, model.name, file)
+        check_schemes(sweep, found, model.name, file)
         tokenizer = load_tokenizer(found.directory, where)
         needed = sweep.calibration if any(scheme.needs_calibration for scheme in sweep.grid) else ()
         for number, calibration in enumerate(needed):
@@ -125,7 +125,12 @@ def _find(source: str, dtype: str, where: str) -> ModelInput:
     return ModelInput(source=source, dtype=dtype, directory=directory, digest=digest, shape=shape)
 
 
-def _check_schemes(sweep: Sweep, model: ModelInput, name: str, file: str) -> None:
+def check_schemes(sweep: Sweep, model: ModelInput, name: str, file: str) -> None:
+    """Raise unless every scheme of the grid fits every linear of a model.
+
+    Raises:
+        BitatlasError: names the grid entry, the layer and what would fit.
+    """
     from quantizers.errors import QuantizationError
 
     for scheme in sweep.grid:

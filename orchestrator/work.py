@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from quantizers.method import Method
 
 # Raise when the same job counts otherwise: what was observed per operation is then no longer comparable.
-VERSION = 1
+VERSION = 2
 # Rounding one weight moves memory instead of multiplying; operations that a product would do in that time. From RTN,
 # SliM-LLM and BiLLM of SmolLM2-135M on one core: 15 to 19 ns per weight and candidate.
 ROUNDING = 400
@@ -84,13 +84,14 @@ TASK_SIZES: dict[str, TaskSize] = {
 }
 
 
-def works(jobs: Iterable[Job], inputs: Inputs) -> dict[str, float]:
+def works(jobs: Iterable[Job], inputs: Inputs, *, host_cost: float = 1.0) -> dict[str, float]:
     """Job id -> floating-point operations.
 
     Args:
         jobs: all of a plan, in its order: of jobs that share statistics of the float model, the first one collects
             them.
         inputs: the models' shapes and the token windows.
+        host_cost: how many operations the device does in the time of one on its host, where factorizations run.
     """
     found: dict[str, float] = {}
     collected: set[tuple[str, str, bool]] = set()
@@ -114,7 +115,7 @@ def works(jobs: Iterable[Job], inputs: Inputs) -> dict[str, float]:
             kind = (cell.model, id(cell.scheme), size)
             if kind not in alike:
                 method = cell.scheme.build()
-                alike[kind] = quantize_work(shape, method, *size)
+                alike[kind] = quantize_work(shape, method, *size, host_cost=host_cost)
                 shares[id(cell.scheme)] = _shared_statistics(method)
             found[job.id] = alike[kind]
             shared = shares[id(cell.scheme)]
@@ -135,12 +136,13 @@ def forward_work(shape: ModelShape, sequences: float, length: int, *, head: bool
     return linears + attention + (2.0 * hidden * shape.vocabulary * tokens if head else 0.0)
 
 
-def quantize_work(shape: ModelShape, method: Method, samples: int, length: int) -> float:
+def quantize_work(shape: ModelShape, method: Method, samples: int, length: int, *, host_cost: float = 1.0) -> float:
     """Quantizing a whole model, without statistics of the float model that cells share.
 
     Args:
         samples: calibration windows.
         length: tokens of each.
+        host_cost: as in `works`.
     """
     from quantizers.stream import walks
 
@@ -157,8 +159,9 @@ def quantize_work(shape: ModelShape, method: Method, samples: int, length: int) 
     if needs.hessian:
         cubes = sum(inputs**3 for inputs in stage_inputs(shape))
         columns = sum(out * inputs**2 for out, inputs in shape.linears.values())  # corrections of columns to come
+        factor = _FACTORIZATION * (host_cost if getattr(method, "factorization", "host") == "host" else 1.0)
         # With drift: two more products of I x I matrices, and a second correction.
-        work += cubes * (_FACTORIZATION + 4 * needs.drift) + columns * (1 + needs.drift)
+        work += cubes * (factor + 4 * needs.drift) + columns * (1 + needs.drift)
     return work + _search_work(shape, method, looked_at, length)
 
 

@@ -39,28 +39,53 @@ class ModelShape:
 
 
 def empty_model(directory: Path, dtype: str, where: str) -> PreTrainedModel:
-    """The model's structure with no memory behind its weights (buffers are real).
+    """The structure of a checkpoint's model with no memory behind its weights (buffers are real).
 
     Raises:
         BitatlasError: transformers does not know the architecture, or knows it only through remote code.
     """
-    from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
-
+    subject = f"{where} = '{directory}'"
     published = read_config(directory, where)
+    if is_openpangu(published):
+        return _empty(configuration(published, subject), dtype, subject)
+    from transformers import AutoConfig
+
     try:
-        if is_openpangu(published):
-            config: Any = llama_config(published, f"{where} = '{directory}'")
-        else:
-            config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    except Exception as error:  # whatever a configuration's values make transformers raise
+        raise BitatlasError(f"{subject}: this architecture cannot be built ({reason(error)})") from error
+    return _empty(config, dtype, subject)
+
+
+def configuration(published: Mapping[str, Any], subject: str) -> Any:
+    """The transformers configuration of a config.json; openPangu's as a Llama's.
+
+    Args:
+        subject: what to name in errors.
+    Raises:
+        BitatlasError: no such architecture, or a field is missing or wrong.
+    """
+    from transformers import AutoConfig
+
+    if is_openpangu(published):
+        return llama_config(published, subject)
+    try:
+        return AutoConfig.for_model(**published)
+    except Exception as error:
+        raise BitatlasError(f"{subject}: this architecture cannot be built ({reason(error)})") from error
+
+
+def _empty(config: Any, dtype: str, subject: str) -> PreTrainedModel:
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    try:
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
                 config, dtype=_dtype(config, dtype), attn_implementation="sdpa", trust_remote_code=False
             )
-    except BitatlasError:
-        raise
     except Exception as error:  # whatever a configuration's values make transformers raise
-        raise BitatlasError(f"{where} = '{directory}': this architecture cannot be built ({reason(error)})") from error
+        raise BitatlasError(f"{subject}: this architecture cannot be built ({reason(error)})") from error
     model.tie_weights()
     return model.eval()
 
@@ -83,9 +108,17 @@ def model_shape(directory: Path, dtype: str, where: str) -> ModelShape:
         BitatlasError: the architecture is unknown to transformers.
         QuantizationError: it has no row in `quantizers/families.py`.
     """
+    return _shape(empty_model(directory, dtype, where))
+
+
+def shape_of(config: Any, dtype: str, subject: str) -> ModelShape:
+    """The shape of the model that a configuration describes; raises as `model_shape` does."""
+    return _shape(_empty(config, dtype, subject))
+
+
+def _shape(model: PreTrainedModel) -> ModelShape:
     from quantizers.stream import linears_of
 
-    model = empty_model(directory, dtype, where)
     parameters = {id(parameter): parameter for parameter in model.parameters()}  # tied ones once
     return ModelShape(
         linears=linears_of(model),

@@ -31,7 +31,7 @@ POLL_SECONDS = 0.02
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """A Llama with biases on q, k, v and o, untied, in bfloat16."""
+    """A Llama with biases on q, k, v and o, in bfloat16."""
 
     blocks: int = 34
     hidden: int = 4096
@@ -40,6 +40,7 @@ class Shape:
     kv_heads: int = 8
     head_dim: int = 128
     vocabulary: int = 153376
+    tied: bool = False
 
 
 OPENPANGU_7B = Shape()
@@ -131,7 +132,7 @@ def configuration(shape):
         head_dim=shape.head_dim,
         vocab_size=shape.vocabulary,
         attention_bias=True,
-        tie_word_embeddings=False,
+        tie_word_embeddings=shape.tied,
         max_position_embeddings=32768,
         dtype="bfloat16",
     )
@@ -144,7 +145,8 @@ def tensor_shapes(shape):
 
     with torch.device("meta"):
         model = LlamaForCausalLM(configuration(shape))
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    left_out = {"lm_head.weight"} if shape.tied else set()
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in left_out}
 
 
 def num_parameters(shape):

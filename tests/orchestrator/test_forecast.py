@@ -18,7 +18,7 @@ CARD = Devices(kind="npu", name="Ascend910B1", count=4)
 @pytest.fixture
 def jobs(make_sweep, plan_of, monkeypatch):
     jobs = plan_of(make_sweep(grid=[{"method": "rtn", "weight_bits": 8, "group_size": 64}])).jobs
-    monkeypatch.setattr(forecast, "works", lambda jobs, _: {job.id: 36e15 for job in jobs})
+    monkeypatch.setattr(forecast, "works", lambda jobs, _, **__: {job.id: 36e15 for job in jobs})
     return jobs
 
 

@@ -85,10 +85,18 @@ def test_methods():
     assert quantize_work(SHAPE, at_once, 3, 5) == pytest.approx(gptq + forward)
     gptaq = 2 * forward + 3 * hessians + CUBES * (4 / 3 + 4) + 2 * COLUMNS + ROUND_ALL
     assert quantize_work(SHAPE, method("gptaq"), 3, 5) == pytest.approx(gptaq)
-    # Of 9 windows, every second is searched on: 5 of them, 20 times and once before.
-    awq = 21 * forward_work(SHAPE, 5, 5, head=False) + 31 * ROUND_ALL
+    # Of 9 windows, every fourth is searched on: 3 of them, 20 times and once before.
+    awq = 21 * forward_work(SHAPE, 3, 5, head=False) + 31 * ROUND_ALL
     assert quantize_work(SHAPE, method("awq"), 9, 5) == pytest.approx(awq)
     assert quantize_work(SHAPE, method("smoothquant"), 9, 5) == ROUND_ALL
+
+
+def test_what_runs_on_an_accelerator_s_host():
+    on_device = method("gptq", options={"factorization": "device"})
+    plain = quantize_work(SHAPE, method("gptq"), 3, 5)
+    assert quantize_work(SHAPE, method("gptq"), 3, 5, host_cost=10.0) == pytest.approx(plain + 9 * CUBES * 4 / 3)
+    assert quantize_work(SHAPE, on_device, 3, 5, host_cost=10.0) == pytest.approx(plain)
+    assert quantize_work(SHAPE, method("rtn"), 0, 0, host_cost=10.0) == ROUND_ALL
 
 
 def test_candidates():

@@ -1,0 +1,185 @@
+"""How much memory jobs take at their peak and how much disk a sweep takes, from shapes alone. Pure.
+
+The terms are what a worker holds at once: the float model (memory-mapped, so on a processor its pages count once they
+are read), beside it the weights decoded from an artifact (the originals stay to be put back), activations of a batch,
+a chunk of logits; while quantizing the block at work, its Hessians and their factorization in float64 on the host, and
+the calibration activations. Letters: I in_features, O out_features, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from evaluators.head import CHUNK_BYTES
+from orchestrator.config import PerplexityConfig
+from orchestrator.work import num_blocks, stage_inputs
+
+if TYPE_CHECKING:
+    from orchestrator.inputs import Inputs
+    from orchestrator.models.loading import ModelShape
+    from orchestrator.plan import Job
+    from quantizers.method import Method
+
+# Python with torch, transformers and Ray, measured in an idle worker.
+PROCESS_BYTES = 0.6e9
+# Of a task: the most tokens that are packed into one pass (evaluators.scorer).
+_TASK_TOKENS = 4096
+_CALIBRATION_BATCH = 4096
+_F32, _F64 = 4, 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Footprint:
+    """What a sweep needs of a worker and of the disk.
+
+    Args:
+        host_bytes: the most of a worker's process.
+        device_bytes: the most of its accelerator; None where it computes on the processor.
+        largest_job: the label of the job that needs most.
+        artifact_bytes: of all cells together.
+        cache_bytes: of statistics of the float models, in each node's cache or the shared one.
+    """
+
+    host_bytes: float
+    device_bytes: float | None
+    largest_job: str
+    artifact_bytes: float
+    cache_bytes: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Need:
+    """Of one job: where it computes, and on the host beside that."""
+
+    compute: float
+    host: float = 0.0
+
+
+def footprint(jobs: Sequence[Job], inputs: Inputs, kind: str) -> Footprint:
+    """The needs of a plan.
+
+    Args:
+        kind: of device, as in the sweep file.
+    """
+    needs = {job.id: _need(job, inputs) for job in jobs}
+    on_host = kind in {"cpu", "simulated-npu"}
+    largest = max(jobs, key=lambda job: needs[job.id].compute + (needs[job.id].host if on_host else 0.0))
+    beside = max(need.host for need in needs.values())
+    # Beside an accelerator weights pass through the page cache on their way, which gives way.
+    host = max(peaks(jobs, inputs, kind).values()) if on_host else PROCESS_BYTES + beside
+    return Footprint(
+        host_bytes=host,
+        device_bytes=None if on_host else max(need.compute for need in needs.values()),
+        largest_job=largest.label,
+        artifact_bytes=sum(_artifact_bytes(job, inputs) for job in jobs),
+        cache_bytes=_cache_bytes(jobs, inputs),
+    )
+
+
+def peaks(jobs: Sequence[Job], inputs: Inputs, kind: str) -> Mapping[str, float]:
+    """Job id -> peak bytes of the place where it is measured: the accelerator, or the worker's process."""
+    on_host = kind in {"cpu", "simulated-npu"}
+    found = {}
+    for job in jobs:
+        need = _need(job, inputs)
+        found[job.id] = PROCESS_BYTES + need.compute + need.host if on_host else need.compute
+    return found
+
+
+def _need(job: Job, inputs: Inputs) -> _Need:
+    shape = inputs.models[job.cell.model].shape
+    if job.evaluation is not None:
+        windows = inputs.windows.get((job.cell.model, job.evaluation.key))
+        tokens = _TASK_TOKENS if windows is None else windows.shape[1]
+        divergence = isinstance(job.evaluation, PerplexityConfig) and job.evaluation.divergence
+        return _Need(compute=evaluate_bytes(shape, tokens, quantized=job.cell.scheme is not None, heads=1 + divergence))
+    if job.cell.scheme is None:
+        raise AssertionError("the unquantized model is not quantized")
+    calibration = job.cell.calibration
+    size = (0, 0) if calibration is None else inputs.calibrations[job.cell.model, calibration.key].shape
+    return quantize_need(shape, job.cell.scheme.build(), size[0], size[1])
+
+
+def evaluate_bytes(shape: ModelShape, tokens: int, *, quantized: bool, heads: int = 1) -> float:
+    """Measuring: the model, decoded weights beside it, a pass over `tokens`, and logits of a chunk in three forms."""
+    decoded = decoder_bytes(shape) if quantized else 0.0
+    return shape.fp_bytes + decoded + activation_bytes(shape, tokens) + 3 * heads * CHUNK_BYTES
+
+
+def quantize_need(shape: ModelShape, method: Method, samples: int, length: int) -> _Need:
+    """Quantizing block by block, beside a model that is there from evaluating."""
+    from quantizers.stream import walks
+
+    needs, width = method.needs, shape.bits_per_value // 8
+    block = decoder_bytes(shape) / num_blocks(shape)
+    stacked = max(_stage_weights(shape))
+    # The block, and of the stage at work: float32 weights, what is worked on, decoded ones and codes.
+    compute = block + 4 * _F32 * stacked
+    host = 0.0
+    widest = max(stage_inputs(shape))
+    if samples and walks(method):
+        looked_at = samples if method.path != "float" or not needs.windows else min(samples, needs.windows)
+        streams = 1 + needs.drift
+        compute += streams * looked_at * length * (hidden_size(shape) + widest) * width
+        compute += activation_bytes(shape, min(_CALIBRATION_BATCH, looked_at * length))
+    if needs.hessian:
+        compute += (2 + 2 * needs.drift) * _F32 * widest**2
+        host = 3 * _F64 * widest**2
+    return _Need(compute=shape.fp_bytes + compute, host=host)
+
+
+def activation_bytes(shape: ModelShape, tokens: int) -> float:
+    """What is alive of a pass over so many tokens at the widest place, the MLP: gate, up and their product."""
+    widest = max(stage_inputs(shape))
+    return tokens * (3 * widest + 4 * hidden_size(shape)) * shape.bits_per_value // 8
+
+
+def decoder_bytes(shape: ModelShape) -> float:
+    """Of the linears of all blocks, in the model's dtype."""
+    return sum(rows * columns for rows, columns in shape.linears.values()) * shape.bits_per_value / 8
+
+
+def hidden_size(shape: ModelShape) -> int:
+    """What q reads."""
+    return next(columns for _, columns in shape.linears.values())
+
+
+def _stage_weights(shape: ModelShape) -> list[int]:
+    """Weights of each stage's linears together: those that are listed after one another and read the same."""
+    sizes: list[int] = []
+    before = None
+    for name, (rows, columns) in shape.linears.items():
+        kind = (name.rpartition(".")[0], columns)
+        if kind == before and not name.endswith("o_proj"):
+            sizes[-1] += rows * columns
+        else:
+            sizes.append(rows * columns)
+        before = kind
+    return sizes
+
+
+def _artifact_bytes(job: Job, inputs: Inputs) -> float:
+    if job.evaluation is not None or job.cell.scheme is None:
+        return 0.0
+    method, linears = job.cell.scheme.build(), inputs.models[job.cell.model].shape.linears
+    return float(sum(method.stored_bytes(rows, columns) for rows, columns in linears.values()))
+
+
+def _cache_bytes(jobs: Sequence[Job], inputs: Inputs) -> float:
+    """Statistics of each model and calibration that cells share: ranges, and Hessians where they are asked for."""
+    from quantizers.stream import needs_shared, shares_hessians
+
+    found: dict[tuple[str, str, bool], float] = {}
+    for job in jobs:
+        cell = job.cell
+        if job.evaluation is not None or cell.scheme is None or cell.calibration is None:
+            continue
+        method = cell.scheme.build()
+        if needs_shared(method):
+            hessians = shares_hessians(method)
+            inputs_of = stage_inputs(inputs.models[cell.model].shape)
+            size = sum(_F32 * (3 * columns + (columns**2 if hessians else 0)) for columns in inputs_of)
+            found[cell.model, cell.calibration.key, hessians] = float(size)
+    return sum(found.values())
