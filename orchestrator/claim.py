@@ -8,6 +8,7 @@ import yaml
 
 from orchestrator.config import Sweep, resolved
 from orchestrator.errors import BitatlasError
+from orchestrator.execution import SIMULATED
 from orchestrator.layout import Layout
 from orchestrator.schema import TABLES
 from orchestrator.witness import is_witness
@@ -19,15 +20,21 @@ def claim_output(layout: Layout, sweep: Sweep) -> None:
     """Raise if the output directory belongs to something else; touches nothing.
 
     Raises:
-        BitatlasError: another sweep's output, or a directory that Bitatlas did not make.
+        BitatlasError: the output of another sweep or of another execution, or a directory that Bitatlas did not make.
     """
     if layout.sweep.exists():
         try:
-            name = yaml.safe_load(layout.sweep.read_text(encoding="utf-8"))["name"]
-        except (OSError, yaml.YAMLError, TypeError, KeyError) as error:
+            held = yaml.safe_load(layout.sweep.read_text(encoding="utf-8"))
+            name, execution = held["name"], held.get("evaluation", {}).get("execution", SIMULATED)
+        except (OSError, yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
             raise BitatlasError(f"{layout.sweep} is not readable; choose another --out, or mend that file") from error
         if name != sweep.name:
             raise BitatlasError(f"{layout.root} holds the sweep {name!r}, not {sweep.name!r}; choose another --out")
+        if execution != sweep.evaluation.execution:  # the report would show rows of both as one
+            raise BitatlasError(
+                f"{layout.root} holds {execution} results, and evaluation.execution is now "
+                f"{sweep.evaluation.execution}; choose another --out (--cache shares the artifacts)"
+            )
     elif layout.root.exists() and not _is_free(layout):
         raise BitatlasError(f"{layout.root} exists and is no sweep's output; choose another --out")
 

@@ -64,6 +64,7 @@ def run_command(
     from orchestrator.claim import claim_output
     from orchestrator.cost_store import observations_file
     from orchestrator.damage import damaged_parts
+    from orchestrator.execution import check_device
     from orchestrator.models.source import node_cache
     from orchestrator.shared_cache import usable_cache
     from orchestrator.store import Store
@@ -98,6 +99,7 @@ def run_command(
         per_device=settings.per_device,
         address=address,
     ) as session:
+        check_device(sweep.evaluation.execution, session.kind.name)
         if session.joined:
             console.print(f"joined {session.joined}", highlight=False, markup=False, soft_wrap=True)
         if session.dashboard:

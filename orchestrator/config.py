@@ -164,6 +164,7 @@ class EvaluationConfig(_Strict):
     perplexity: tuple[PerplexityConfig, ...] = ()
     suite: None = Field(default=None, exclude=True)  # a known key of the file; see `_expanded`
     tasks: tuple[TaskConfig, ...] = ()
+    execution: Literal["simulated", "native"] = "simulated"
     allow_code_execution: bool = False
 
     @model_validator(mode="before")

@@ -13,6 +13,7 @@ from evaluators.errors import EvaluationError
 from evaluators.harness import chat_of, check_protocol, count_units, task_identity
 from orchestrator.config import CalibrationConfig, PerplexityConfig, Sweep, TaskConfig
 from orchestrator.errors import BitatlasError
+from orchestrator.execution import check_native
 from orchestrator.models.checkpoint import checkpoint_digest
 from orchestrator.models.loading import ModelShape, load_tokenizer, model_shape
 from orchestrator.models.source import node_cache, resolve_model
@@ -78,6 +79,7 @@ def prepare(sweep: Sweep, file: str) -> Inputs:
             raise BitatlasError(f"{where} = {model.source!r} is the same checkpoint as model {other!r}; name it once")
         models[model.name] = found
         check_schemes(sweep, found, model.name, file)
+        check_native(sweep, model.name, found.shape, file)
         tokenizer = load_tokenizer(found.directory, where)
         needed = sweep.calibration if any(scheme.needs_calibration for scheme in sweep.grid) else ()
         for number, calibration in enumerate(needed):

@@ -13,6 +13,7 @@ from evaluators.corpora import Corpus
 from evaluators.recipes import RECIPES
 from orchestrator.config import CalibrationConfig, PerplexityConfig, Sweep
 from orchestrator.errors import BitatlasError
+from orchestrator.execution import check_native
 from orchestrator.inputs import Inputs, ModelInput, check_schemes
 from orchestrator.models.checkpoint import read_config
 from orchestrator.models.loading import configuration, shape_of
@@ -59,6 +60,7 @@ def outline(sweep: Sweep, file: str) -> Inputs:
         found = _find(model.source, model.dtype, f"{file}: models[{index}].source")
         models[model.name] = found
         check_schemes(sweep, found, model.name, file)
+        check_native(sweep, model.name, found.shape, file)
         for calibration in sweep.calibration:
             calibrations[model.name, calibration.key] = _windows(calibration.samples, calibration)
             tokens[model.name, calibration.key] = content_hash(calibration.key)

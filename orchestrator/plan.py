@@ -12,6 +12,7 @@ from typing import Any, Literal
 from evaluators.corpora import Corpus
 from evaluators.slices import Slice
 from orchestrator.config import CalibrationConfig, PerplexityConfig, Sweep, TaskConfig
+from orchestrator.execution import IDENTITIES, SIMULATED
 from orchestrator.scheme import FP, UNQUANTIZED_BITS, Scheme
 
 Evaluation = PerplexityConfig | TaskConfig
@@ -77,6 +78,7 @@ class Job:
         needs: id of the job that must be finished first.
         slice: which part of the task to measure; None for all of it.
         whole_id: of a slice: the id of the job that measures the whole task, under which its rows will stand.
+        execution: how the cell's quantized linears are computed, see `execution.py`.
     """
 
     id: str
@@ -86,6 +88,7 @@ class Job:
     needs: str | None = None
     slice: Slice | None = None
     whole_id: str | None = None
+    execution: str = SIMULATED
 
     @property
     def whole(self) -> Job:
@@ -156,13 +159,18 @@ def make_plan(sweep: Sweep, identities: Identities) -> Plan:
     evaluations: list[Evaluation] = [*sweep.evaluation.perplexity, *sweep.evaluation.tasks]
     wholes: dict[str, Job] = {}
     for cell in cells.values():
+        execution = (
+            sweep.evaluation.execution if cell.scheme else SIMULATED
+        )  # of fp there is nothing to execute otherwise
         for evaluation in evaluations:
+            measured = identities.evaluations[cell.model, evaluation.key]
             job = Job(
-                id=content_hash(["evaluate", cell.key, identities.evaluations[cell.model, evaluation.key]])[:16],
+                id=content_hash(["evaluate", cell.key, measured, *IDENTITIES[execution]])[:16],
                 kind="evaluate",
                 cell=cell,
                 evaluation=evaluation,
                 needs=quantize[cell.key].id if cell.scheme else None,
+                execution=execution,
             )
             wholes.setdefault(job.id, job)
     evaluate = [part for whole in wholes.values() for part in _cut(whole, identities.units)]

@@ -14,8 +14,6 @@ from orchestrator.inputs import ModelInput
 from orchestrator.plan import Cell, Job
 from orchestrator.scheme import UNQUANTIZED_BITS
 
-SIMULATED = "simulated"
-
 # Columns of an item that has neither a group nor a generated text.
 _NO_TEXT = {"subtask": None, "answer": None, "thought": None, "answer_tokens": None, "is_cut": None, "is_loop": None}
 
@@ -116,7 +114,7 @@ def _run_columns(job: Job, worker: WorkerInfo | None, started_at: datetime, fini
     return {
         "worker": worker.name if worker else None,
         "device": worker.device if worker else None,
-        "execution": SIMULATED,
+        "execution": job.execution,
         "seed": job.cell.calibration.seed if job.cell.calibration else None,
         "code_version": f"bitatlas {__version__}, {method}",
         "started_at": started_at,

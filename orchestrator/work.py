@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from evaluators.chat import THINKING_TOKENS
 from orchestrator.config import PerplexityConfig, TaskConfig
+from orchestrator.execution import SIMULATED
 
 if TYPE_CHECKING:
     from orchestrator.inputs import Inputs
@@ -300,7 +301,8 @@ def _shared_statistics(method: Method) -> bool | None:
 
 
 def kind_of(job: Job) -> str:
-    """What a rate is fitted for: `quantize gptq`, `perplexity`, `task arc_easy`."""
+    """What a rate is fitted for: `quantize gptq`, `perplexity`, `task arc_easy`, `native task arc_easy`."""
     if job.evaluation is None:
         return f"quantize {job.cell.method}"
-    return "perplexity" if isinstance(job.evaluation, PerplexityConfig) else f"task {job.evaluation.name}"
+    kind = "perplexity" if isinstance(job.evaluation, PerplexityConfig) else f"task {job.evaluation.name}"
+    return kind if job.execution == SIMULATED else f"{job.execution} {kind}"

@@ -16,6 +16,7 @@ from cluster.devices import Claim
 from orchestrator.artifacts import Artifact, ArtifactWriter, find_artifact, set_aside
 from orchestrator.config import PerplexityConfig
 from orchestrator.errors import DamagedFileError
+from orchestrator.execution import SIMULATED, installed_for
 from orchestrator.facts import (
     ARTIFACT_MADE,
     MODEL_LOADED,
@@ -106,6 +107,7 @@ def payload_of(
         payload["windows"] = evaluation_windows_of(inputs, cell.model, job.evaluation)
         payload["allow_code_execution"] = inputs.allow_code_execution
         payload["slice"] = job.slice
+        payload["execution"] = job.execution
     return payload
 
 
@@ -126,7 +128,7 @@ class Worker:
         self._model: PreTrainedModel | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._digest: str | None = None
-        self._applied: str | None = None
+        self._applied: tuple[str, str] | None = None  # the artifact in the model, and how it is executed
         self._installed = ExitStack()  # put-back of the weights of the last artifact
         self._facts = Facts()
         self._cache: SharedCache | None = None
@@ -299,22 +301,20 @@ class Worker:
         if payload["artifact"] is None:
             self._remove_artifact()
         else:
-            cost = self._install(model, Path(payload["artifact"]))
+            cost = self._install(model, Path(payload["artifact"]), payload.get("execution", SIMULATED))
         measured = self._task(evaluation, payload) if asked is None else self._perplexity(asked, payload, reference)
         return {"reused": False, **cost, **measured}
 
-    def _install(self, model: PreTrainedModel, directory: Path) -> dict[str, Any]:
-        from quantizers.apply import installed
-
+    def _install(self, model: PreTrainedModel, directory: Path, execution: str = SIMULATED) -> dict[str, Any]:
         try:
             artifact = find_artifact(directory)
             if artifact is None:
                 raise DamagedFileError(f"artifact {directory} is gone")
-            if self._applied != str(directory):
+            if self._applied != (str(directory), execution):
                 self._report("decoding the artifact")
                 self._remove_artifact()
-                self._installed.enter_context(installed(model, artifact.blocks()))
-                self._applied = str(directory)
+                self._installed.enter_context(installed_for(execution, self._device, model, artifact.blocks()))
+                self._applied = str(directory), execution
         except DamagedFileError:
             set_aside(directory)
             raise

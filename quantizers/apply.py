@@ -61,18 +61,19 @@ def installed(model: nn.Module, blocks: Iterable[StoredBlock]) -> Iterator[nn.Mo
             for linear in block.linears:
                 _install_linear(model, linear, undo)
             for name, value in block.dense.items():
-                _replace(model, name, value, undo)
+                replace_parameter(model, name, value, undo)
         yield model
 
 
 def _install_linear(model: nn.Module, linear: StoredLinear, undo: ExitStack) -> None:
     module = linear_at(model, linear.name)
-    _replace(model, f"{linear.name}.weight", linear.weight.decode(), undo)
+    replace_parameter(model, f"{linear.name}.weight", linear.weight.decode(), undo)
     for handle in quantize_activations(module, linear.inputs, linear.outputs):
         undo.callback(handle.remove)
 
 
-def _replace(model: nn.Module, name: str, value: Tensor, undo: ExitStack) -> None:
+def replace_parameter(model: nn.Module, name: str, value: Tensor, undo: ExitStack) -> None:
+    """Give a parameter another value, in its own dtype and on its own device, until `undo` is closed."""
     owner, _, field_name = name.rpartition(".")
     module = model.get_submodule(owner)
     original: Tensor = getattr(module, field_name)

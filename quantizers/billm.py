@@ -62,6 +62,7 @@ class Billm(Method):
 
     name: ClassVar[str] = "billm"
     code_version: ClassVar[str] = "billm/2"
+    encoding: ClassVar[str] = BinarizedWeight.encoding
     weight_bits: ClassVar[tuple[int, ...]] = (1,)
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "corrected": {"search_on": "loss", "split_over_salient": False, "true_sequential": True},

@@ -47,5 +47,5 @@ def _inverse_on_host(diagonal_BB: Tensor) -> Tensor | None:
     if failed.item() or not torch.isfinite(factor).all():
         return None
     identity = torch.eye(len(factor), dtype=torch.float64)
-    inverse = torch.linalg.solve_triangular(factor, identity, upper=False)
+    inverse: Tensor = torch.linalg.solve_triangular(factor, identity, upper=False)
     return inverse.to(torch.float32).to(diagonal_BB.device)

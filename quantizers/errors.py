@@ -7,3 +7,7 @@ class QuantizationError(ValueError):
 
 class NumericalError(QuantizationError):
     """Numbers that a method cannot work with, such as a Hessian that is not positive definite."""
+
+
+class NoKernelError(QuantizationError):
+    """A linear that no operator of the device computes as it is stored."""

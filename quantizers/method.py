@@ -17,7 +17,7 @@ from quantizers.families import Family
 from quantizers.grid import Grid
 from quantizers.quantized_weight import QuantizedWeight
 from quantizers.statistics import InputRanges, InputStatistics
-from quantizers.uniform_weight import stored_bytes
+from quantizers.uniform_weight import UniformWeight, stored_bytes
 
 PATHS = ("quantized", "float")
 ALL_TOKENS = 1 << 62
@@ -151,6 +151,7 @@ class Method(ABC):
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"corrected": {}, "as_published": {}}
     default_convention: ClassVar[str] = "gptq-asym"
     weight_bits: ClassVar[tuple[int, ...]] = (1, 2, 3, 4, 5, 6, 7, 8)
+    encoding: ClassVar[str] = UniformWeight.encoding  # of the weights that `quantize` returns
 
     def __post_init__(self) -> None:
         """Check the fields.

@@ -79,6 +79,7 @@ class SlimLlm(Method):
 
     name: ClassVar[str] = "slim_llm"
     code_version: ClassVar[str] = "slim_llm/2"
+    encoding: ClassVar[str] = MixedWeight.encoding
     weight_bits: ClassVar[tuple[int, ...]] = (2, 3, 4, 5, 6, 7)
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "corrected": {

@@ -29,6 +29,7 @@ class ModelShape:
         fp_bytes: bytes of the unquantized checkpoint's tensors, tied ones once.
         bits_per_value: 16 or 32, by the checkpoint's dtype.
         max_positions: the longest context; None where the configuration names none.
+        dtype: what it computes in.
     """
 
     linears: dict[str, tuple[int, int]]
@@ -36,6 +37,7 @@ class ModelShape:
     bits_per_value: int
     max_positions: int | None
     vocabulary: int
+    dtype: str = "float32"
 
 
 def empty_model(directory: Path, dtype: str, where: str) -> PreTrainedModel:
@@ -126,6 +128,7 @@ def _shape(model: PreTrainedModel) -> ModelShape:
         bits_per_value=8 * model.dtype.itemsize,
         max_positions=getattr(model.config, "max_position_embeddings", None),
         vocabulary=model.config.vocab_size,
+        dtype=str(model.dtype).removeprefix("torch."),
     )
 
 

@@ -40,3 +40,17 @@ def test_a_sweep_file_that_says_nothing(make_sweep, layout, content):
     layout.sweep.write_text(content)
     with pytest.raises(BitatlasError, match=r"sweep\.yaml is not readable; choose another --out, or mend that file"):
         claim_output(layout, make_sweep())
+
+
+def test_simulated_and_native_results_are_not_put_together(make_sweep, layout):
+    native = make_sweep(evaluation={"tasks": [{"name": "arc_easy"}], "execution": "native"})
+    with Store(layout):
+        write_sweep(layout, make_sweep())
+    with pytest.raises(
+        BitatlasError, match=r"holds simulated results, and evaluation\.execution is now native; choose"
+    ):
+        claim_output(layout, native)
+    write_sweep(layout, native)
+    claim_output(layout, native)
+    layout.sweep.write_text("name: study\nevaluation: {}\n")  # as written before there was another execution
+    claim_output(layout, make_sweep())

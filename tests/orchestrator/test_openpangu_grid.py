@@ -1,6 +1,7 @@
 """The seven methods on a small openPangu that was trained on text, so that orderings mean something.
 
-The checkpoint is `tests/assets/openpangu-tiny`; `tests/assets/train_openpangu.py` made it, training.json has its figures.
+The checkpoint is `tests/assets/openpangu-tiny`; `tests/assets/train_openpangu.py` made it; training.json
+has its figures.
 """
 
 import json
