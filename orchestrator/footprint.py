@@ -8,7 +8,7 @@ the calibration activations. Letters: I in_features, O out_features, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -22,8 +22,11 @@ if TYPE_CHECKING:
     from orchestrator.plan import Job
     from quantizers.method import Method
 
-# Python with torch, transformers and Ray, measured in an idle worker.
-PROCESS_BYTES = 0.6e9
+# Python with torch, transformers, Ray and what their allocators keep; measured, as is the next, by
+# `python -m tests.benchmarks openpangu`.
+PROCESS_BYTES = 0.75e9
+# float32 copies of the weights at work that rounding, decoding and measuring their errors hold at once.
+_TEMPORARIES = 8
 # Of a task: the most tokens that are packed into one pass (evaluators.scorer).
 _TASK_TOKENS = 4096
 _CALIBRATION_BATCH = 4096
@@ -63,28 +66,51 @@ def footprint(jobs: Sequence[Job], inputs: Inputs, kind: str) -> Footprint:
     Args:
         kind: of device, as in the sweep file.
     """
-    needs = {job.id: _need(job, inputs) for job in jobs}
     on_host = kind in {"cpu", "simulated-npu"}
-    largest = max(jobs, key=lambda job: needs[job.id].compute + (needs[job.id].host if on_host else 0.0))
-    beside = max(need.host for need in needs.values())
+    found, needs = peaks(jobs, inputs, kind), _needs(jobs, inputs)
+    largest = max(jobs, key=lambda job: found[job.id])
     # Beside an accelerator weights pass through the page cache on their way, which gives way.
-    host = max(peaks(jobs, inputs, kind).values()) if on_host else PROCESS_BYTES + beside
+    beside = PROCESS_BYTES + max(need.host for need in needs)
     return Footprint(
-        host_bytes=host,
-        device_bytes=None if on_host else max(need.compute for need in needs.values()),
+        host_bytes=found[largest.id] if on_host else beside,
+        device_bytes=None if on_host else found[largest.id],
         largest_job=largest.label,
-        artifact_bytes=sum(_artifact_bytes(job, inputs) for job in jobs),
+        artifact_bytes=_artifact_bytes(jobs, inputs),
         cache_bytes=_cache_bytes(jobs, inputs),
     )
 
 
 def peaks(jobs: Sequence[Job], inputs: Inputs, kind: str) -> Mapping[str, float]:
-    """Job id -> peak bytes of the place where it is measured: the accelerator, or the worker's process."""
-    on_host = kind in {"cpu", "simulated-npu"}
-    found = {}
-    for job in jobs:
-        need = _need(job, inputs)
+    """Job id -> peak bytes of the place where it is measured: the accelerator, or the worker's process.
+
+    A worker that has evaluated a cell keeps its weights; so the first quantizing job of a model finds none, and the
+    others may.
+
+    Args:
+        jobs: all of the plan, in its order.
+        kind: of device, as in the sweep file.
+    """
+    on_host, found = kind in {"cpu", "simulated-npu"}, {}
+    seen: set[str] = set()
+    for job, need in zip(jobs, _needs(jobs, inputs), strict=True):
         found[job.id] = PROCESS_BYTES + need.compute + need.host if on_host else need.compute
+        if job.kind == "quantize":
+            if job.cell.model in seen:
+                found[job.id] += decoder_bytes(inputs.models[job.cell.model].shape)
+            seen.add(job.cell.model)
+    return found
+
+
+def _needs(jobs: Sequence[Job], inputs: Inputs) -> list[_Need]:
+    """Of each job; a plan has hundreds of thousands, and few that differ in their needs."""
+    alike: dict[Hashable, _Need] = {}
+    found = []
+    for job in jobs:
+        cell = job.cell
+        kind = (cell.model, id(cell.scheme), id(cell.calibration), id(job.evaluation))
+        if kind not in alike:
+            alike[kind] = _need(job, inputs)
+        found.append(alike[kind])
     return found
 
 
@@ -104,7 +130,8 @@ def _need(job: Job, inputs: Inputs) -> _Need:
 
 def evaluate_bytes(shape: ModelShape, tokens: int, *, quantized: bool, heads: int = 1) -> float:
     """Measuring: the model, decoded weights beside it, a pass over `tokens`, and logits of a chunk in three forms."""
-    decoded = decoder_bytes(shape) if quantized else 0.0
+    largest = max(rows * columns for rows, columns in shape.linears.values())
+    decoded = decoder_bytes(shape) + _TEMPORARIES * _F32 * largest if quantized else 0.0
     return shape.fp_bytes + decoded + activation_bytes(shape, tokens) + 3 * heads * CHUNK_BYTES
 
 
@@ -115,8 +142,7 @@ def quantize_need(shape: ModelShape, method: Method, samples: int, length: int) 
     needs, width = method.needs, shape.bits_per_value // 8
     block = decoder_bytes(shape) / num_blocks(shape)
     stacked = max(_stage_weights(shape))
-    # The block, and of the stage at work: float32 weights, what is worked on, decoded ones and codes.
-    compute = block + 4 * _F32 * stacked
+    compute = block + _TEMPORARIES * _F32 * stacked
     host = 0.0
     widest = max(stage_inputs(shape))
     if samples and walks(method):
@@ -126,7 +152,10 @@ def quantize_need(shape: ModelShape, method: Method, samples: int, length: int) 
         compute += activation_bytes(shape, min(_CALIBRATION_BATCH, looked_at * length))
     if needs.hessian:
         compute += (2 + 2 * needs.drift) * _F32 * widest**2
-        host = 3 * _F64 * widest**2
+        if getattr(method, "factorization", "host") == "host":
+            host = 3 * _F64 * widest**2
+        else:
+            compute += 2 * _F32 * widest**2
     return _Need(compute=shape.fp_bytes + compute, host=host)
 
 
@@ -160,11 +189,19 @@ def _stage_weights(shape: ModelShape) -> list[int]:
     return sizes
 
 
-def _artifact_bytes(job: Job, inputs: Inputs) -> float:
-    if job.evaluation is not None or job.cell.scheme is None:
-        return 0.0
-    method, linears = job.cell.scheme.build(), inputs.models[job.cell.model].shape.linears
-    return float(sum(method.stored_bytes(rows, columns) for rows, columns in linears.values()))
+def _artifact_bytes(jobs: Sequence[Job], inputs: Inputs) -> float:
+    sizes: dict[tuple[str, int], int] = {}
+    total = 0
+    for job in jobs:
+        scheme = job.cell.scheme
+        if job.evaluation is not None or scheme is None:
+            continue
+        key = (job.cell.model, id(scheme))
+        if key not in sizes:
+            method, linears = scheme.build(), inputs.models[job.cell.model].shape.linears
+            sizes[key] = sum(method.stored_bytes(rows, columns) for rows, columns in linears.values())
+        total += sizes[key]
+    return float(total)
 
 
 def _cache_bytes(jobs: Sequence[Job], inputs: Inputs) -> float:
@@ -172,10 +209,15 @@ def _cache_bytes(jobs: Sequence[Job], inputs: Inputs) -> float:
     from quantizers.stream import needs_shared, shares_hessians
 
     found: dict[tuple[str, str, bool], float] = {}
+    looked_at: set[tuple[str, int, str]] = set()
     for job in jobs:
         cell = job.cell
         if job.evaluation is not None or cell.scheme is None or cell.calibration is None:
             continue
+        kind = (cell.model, id(cell.scheme), cell.calibration.key)
+        if kind in looked_at:
+            continue
+        looked_at.add(kind)
         method = cell.scheme.build()
         if needs_shared(method):
             hessians = shares_hessians(method)

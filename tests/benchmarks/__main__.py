@@ -25,6 +25,7 @@ OTHERS = {
     "agreement": "log-likelihoods and metrics item by item against lm-eval's HFLM",
     "outliers": "what SmoothQuant and AWQ recover on a copy of the model with activation outliers",
     "profile": "where the time of GPTQ, AWQ and SmoothQuant goes, against the peak of matrix products",
+    "openpangu": "a sweep on a random checkpoint of openPangu 1B's shape: time, peak memory, and what the plan said",
     "memory": "peak memory of quantizing a synthetic 7B checkpoint block by block",
 }
 BENCHMARKS = QUANTIZATION | EVALUATION | OTHERS

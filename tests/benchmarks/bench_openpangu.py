@@ -1,11 +1,12 @@
 """A whole sweep on a checkpoint of openPangu-Embedded-1B's real shape, with random weights: time and peak memory of
 every job beside what `bitatlas plan` says of them.
 
-26 blocks, vocabulary 153,376, tied, in several files, as published (a configuration of type PanguEmbedded, stale
-buffers); the tokenizer is the tests' small one. One worker of one thread. Only time and memory mean anything.
+26 blocks, vocabulary 153,376, tied, in several files, with a configuration of type PanguEmbedded as published; the
+tokenizer is the tests' small one. One worker of one thread. Only time and memory mean anything.
 """
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -36,7 +37,7 @@ def measure(root, shape=OPENPANGU_1B):
         as_published(scratch / "model", shape)
         sweep = scratch / "sweep.yaml"
         sweep.write_text(yaml.safe_dump(document(scratch / "model")))
-        foreseen = planned(sweep, scratch / "out")
+        foreseen = planned(sweep)
         command = ["run", str(sweep), "--out", str(scratch / "out"), "--no-report"]
         began = time.perf_counter()
         subprocess.run(bitatlas(command), check=True, cwd=root, env=environment(scratch), stdout=subprocess.DEVNULL)
@@ -81,12 +82,10 @@ def bitatlas(arguments):
 
 
 def environment(scratch):
-    import os
-
     return os.environ | ONE_THREAD | {"XDG_CACHE_HOME": str(scratch / "cache")}
 
 
-def planned(sweep, out):
+def planned(sweep):
     """What the plan foresees: job id -> seconds (of a machine that was never measured) and peak bytes."""
     from orchestrator.config import read_sweep
     from orchestrator.footprint import peaks
@@ -94,7 +93,6 @@ def planned(sweep, out):
     from orchestrator.inputs import prepare
     from orchestrator.plan import make_plan
 
-    del out
     asked = read_sweep(sweep)
     inputs = prepare(asked, str(sweep))
     plan, devices = make_plan(asked, inputs.identities), devices_of(asked.workers)
