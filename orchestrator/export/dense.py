@@ -13,6 +13,12 @@ from orchestrator.errors import BitatlasError
 from orchestrator.layout import Layout
 
 _COPIED = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "*.jinja", "LICENSE*")
+_OPENPANGU_NOTICE = """This checkpoint is derived from openPangu-Embedded: its weights were quantized and decoded by
+Bitatlas. The openPangu Model License Agreement, which came with the original and is to stand beside this file as
+LICENSE, holds for it too: among other things it asks products and services to say "Powered by openPangu", and excludes
+use within the European Union. config.json describes the same model as a Llama with attention biases, so that no remote
+code is needed; tokenizer.model is the original's.
+"""
 
 
 def export_dense(layout: Layout, cell: str, to: Path) -> int:
@@ -21,7 +27,9 @@ def export_dense(layout: Layout, cell: str, to: Path) -> int:
     Raises:
         BitatlasError: no such cell, its artifact or model is gone, or `to` exists.
     """
+    from orchestrator.models.checkpoint import read_config
     from orchestrator.models.loading import load_model, verified_directory
+    from orchestrator.models.openpangu import is_openpangu
     from quantizers.apply import installed
 
     if to.exists():
@@ -35,9 +43,14 @@ def export_dense(layout: Layout, cell: str, to: Path) -> int:
     try:
         with installed(model, artifact.blocks()):
             model.save_pretrained(scratch)
+        is_mapped = is_openpangu(read_config(directory, "model"))
         for pattern in _COPIED:
             for file in directory.glob(pattern):
-                shutil.copy(file, scratch / file.name)
+                # The published configuration would need remote code; the one it was mapped to does not.
+                if not (is_mapped and file.name == "config.json"):
+                    shutil.copy(file, scratch / file.name)
+        if is_mapped:
+            (scratch / "NOTICE").write_text(_OPENPANGU_NOTICE, encoding="utf-8")
         (scratch / "bitatlas.json").write_text(json.dumps(_provenance(artifact, cell), indent=1), encoding="utf-8")
         scratch.chmod(0o755)
         scratch.rename(to)

@@ -3,6 +3,8 @@
 import io
 import json
 import re
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -34,22 +36,26 @@ def own_cache(tmp_path_factory):
 def layout(tmp_path_factory, tiny_checkpoint):
     """A sweep's output with one quantized cell."""
     layout = Layout(tmp_path_factory.mktemp("export") / "out")
+    write_cell(layout, tiny_checkpoint, CELL)
+    return layout
+
+
+def write_cell(layout, checkpoint, cell):
     scheme = parse_scheme({"method": "rtn", "weight_bits": 3, "group_size": 32}, "x")
     writer = ArtifactWriter(layout.artifact("0" * 64))
-    for block in quantize_blocks(InMemory(load_model(tiny_checkpoint)), scheme.build(), None):
+    for block in quantize_blocks(InMemory(load_model(checkpoint)), scheme.build(), None):
         writer.add_block(block)
     writer.finish(
-        cell=CELL,
+        cell=cell,
         model={
-            "source": str(tiny_checkpoint),
+            "source": str(checkpoint),
             "dtype": "auto",
-            "digest": checkpoint_digest(tiny_checkpoint, node_cache()),
+            "digest": checkpoint_digest(checkpoint, node_cache()),
         },
         scheme=scheme.as_entry(),
         code_version="rtn/1",
         seconds=1.0,
     )
-    return layout
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +81,25 @@ def test_the_exported_weights_are_the_evaluated_ones(layout, exported, tiny_chec
         assert torch.equal(model(tokens).logits, reloaded(tokens).logits)
         assert not torch.equal(float_weight, state["model.layers.0.mlp.up_proj.weight"])
     assert reloaded.dtype == torch.bfloat16
+
+
+def test_openpangu_becomes_a_llama_with_all_its_biases(tmp_path):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    original = shutil.copytree(Path(__file__).parents[2] / "assets" / "openpangu-tiny", tmp_path / "model")
+    (original / "LICENSE").write_text("the licence")
+    to = tmp_path / "to"
+    write_cell(Layout(tmp_path / "out"), original, "openpangu.rtn-w3-g32.0a1b2c3d")
+    export_dense(Layout(tmp_path / "out"), "openpangu.rtn-w3-g32.0a1b2c3d", to)
+    assert AutoConfig.from_pretrained(to, trust_remote_code=False).attention_bias is True
+    reloaded, before = AutoModelForCausalLM.from_pretrained(to, dtype="auto"), load_model(original)
+    for name in ("q_proj.bias", "k_proj.bias", "v_proj.bias", "o_proj.bias"):
+        bias = reloaded.get_parameter(f"model.layers.3.self_attn.{name}")
+        assert torch.equal(bias, before.get_parameter(f"model.layers.3.self_attn.{name}"))
+        assert bias.abs().max() > 0
+    assert (to / "LICENSE").read_text() == "the licence"
+    assert "Powered by openPangu" in (to / "NOTICE").read_text()
+    assert load_tokenizer(to)("x")["input_ids"] == load_tokenizer(original)("x")["input_ids"]
 
 
 def test_the_exported_checkpoint_is_one_of_ours_too(exported, tiny_checkpoint, tmp_path):
