@@ -50,12 +50,12 @@ def _check_kernel(scheme: Scheme, layer: str, features: tuple[int, int], dtype: 
 
     method = scheme.build()
     form = LinearForm(
-        grid=method.grid,
+        grid=method.of(layer).grid,
         shape=features,
         dtype=dtype,
         inputs=method.activations,
         quantized_outputs=method.quantized_outputs,
-        permuted=method.stores_column_groups(features[1]),
+        permuted=method.of(layer).stores_column_groups(features[1]),
     )
     try:
         check_encoding(method.encoding)

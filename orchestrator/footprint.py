@@ -176,20 +176,18 @@ def hidden_size(shape: ModelShape) -> int:
 
 
 def _stage_weights(shape: ModelShape) -> list[int]:
-    """Weights of each stage's linears together: those that are listed after one another and read the same."""
-    sizes: list[int] = []
-    before = None
-    for name, (rows, columns) in shape.linears.items():
-        kind = (name.rpartition(".")[0], columns)
-        if kind == before and not name.endswith("o_proj"):
-            sizes[-1] += rows * columns
-        else:
-            sizes.append(rows * columns)
-        before = kind
-    return sizes
+    """Weights of each stage's linears together."""
+    from quantizers.families import fused_groups
+
+    return [
+        sum(rows * columns for rows, columns in (shape.linears[name] for name in group))
+        for group in fused_groups(shape.linears)
+    ]
 
 
 def _artifact_bytes(jobs: Sequence[Job], inputs: Inputs) -> float:
+    from quantizers.method import total_stored_bytes
+
     sizes: dict[tuple[str, int], int] = {}
     total = 0
     for job in jobs:
@@ -198,8 +196,7 @@ def _artifact_bytes(jobs: Sequence[Job], inputs: Inputs) -> float:
             continue
         key = (job.cell.model, id(scheme))
         if key not in sizes:
-            method, linears = scheme.build(), inputs.models[job.cell.model].shape.linears
-            sizes[key] = sum(method.stored_bytes(rows, columns) for rows, columns in linears.values())
+            sizes[key] = total_stored_bytes(scheme.build(), inputs.models[job.cell.model].shape.linears)
         total += sizes[key]
     return float(total)
 

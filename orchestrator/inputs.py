@@ -134,14 +134,13 @@ def check_schemes(sweep: Sweep, model: ModelInput, name: str, file: str) -> None
         BitatlasError: names the grid entry, the layer and what would fit.
     """
     from quantizers.errors import QuantizationError
+    from quantizers.method import check_grids
 
     for scheme in sweep.grid:
-        grid = scheme.grid()
-        for layer, (_, in_features) in model.shape.linears.items():
-            try:
-                grid.check_fits(in_features, f"{layer} of {name}")
-            except QuantizationError as error:
-                raise BitatlasError(f"{file}: grid entry {scheme.label}: {error}") from error
+        try:
+            check_grids(scheme.build(), model.shape.linears, of=f" of {name}")
+        except QuantizationError as error:
+            raise BitatlasError(f"{file}: grid entry {scheme.label}: {error}") from error
 
 
 def _check_length(sequence_length: int, model: ModelInput, where: str) -> None:

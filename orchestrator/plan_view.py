@@ -53,8 +53,9 @@ def sizes_of(cell: Cell, inputs: Inputs) -> Mapping[str, Any]:
     """Bits per weight and checkpoint bytes of a cell, from shapes."""
     model, stored = inputs.models[cell.model], None
     if cell.scheme:
-        method = cell.scheme.build()
-        stored = sum(method.stored_bytes(rows, columns) for rows, columns in model.shape.linears.values())
+        from quantizers.method import total_stored_bytes
+
+        stored = total_stored_bytes(cell.scheme.build(), model.shape.linears)
     return size_columns(cell, model, stored)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,7 @@ _FIELDS = (
     "scale_dtype",
     "tail_group",
     *_ACTIVATION_FIELDS,
+    "layers",
     "options",
 )
 # What `symmetric` means for a method whose own convention is of the other kind.
@@ -45,6 +46,7 @@ class Scheme:
     Args:
         group_size: 0 is per channel.
         convention: of the weight grid, a name in `quantizers/grid.py`.
+        layers: patterns of linears' full names with their own bits and groups, as JSON in their order.
         options: the preset and the method's own options, every one of them, as JSON with sorted keys.
     """
 
@@ -59,6 +61,7 @@ class Scheme:
     activation_granularity: str = "per_token"
     activation_symmetric: bool = True
     activation_clip_ratio: float = 1.0
+    layers: str = "{}"
     options: str = "{}"
 
     @property
@@ -76,7 +79,12 @@ class Scheme:
         from quantizers.methods import method_class
 
         options = {name: value for name, value in json.loads(self.options).items() if name != "preset"}
-        return method_class(self.method)(grid=self.grid(), activations=self.activations(), **options)
+        grid = self.grid()
+        layers = tuple(
+            (pattern, replace(grid, bits=own["weight_bits"], group_size=own["group_size"]))
+            for pattern, own in json.loads(self.layers).items()
+        )
+        return method_class(self.method)(grid=grid, activations=self.activations(), layers=layers, **options)
 
     def grid(self) -> Grid:
         """The grid its weights are stored on."""
@@ -106,8 +114,13 @@ class Scheme:
 
     def as_entry(self) -> dict[str, Any]:
         """A grid entry of a sweep file that means exactly this scheme."""
-        left_out = {"symmetric"} if self.activations() else {"symmetric", *_ACTIVATION_FIELDS}
+        left_out = {"symmetric", "layers"} if self.activations() else {"symmetric", "layers", *_ACTIVATION_FIELDS}
         entry = {name: getattr(self, name) for name in _FIELDS if name not in left_out}
+        if self.layers != "{}":
+            entry["layers"] = {
+                pattern: own | {"group_size": own["group_size"] or "per_channel"}
+                for pattern, own in json.loads(self.layers).items()
+            }
         return entry | {"group_size": self.group_size or "per_channel", "options": json.loads(self.options)}
 
     @cached_property
@@ -133,11 +146,12 @@ class Scheme:
         if self.convention != method_class(self.method).default_convention:
             label += "-sym" if self.convention == "gptq-sym" else f"-{self.convention}"
         preset = json.loads(self.options).get("preset", CORRECTED)
+        label += "" if self.layers == "{}" else "-mixed"
         return label + ("-mse" if self.mse_search else "") + ("" if preset == CORRECTED else f"-{preset}")
 
 
 # Fields of a grid entry that tables keep among the options.
-GRID_OPTIONS = ("convention", "mse_search", "scale_dtype", "tail_group", *_ACTIVATION_FIELDS)
+GRID_OPTIONS = ("convention", "mse_search", "scale_dtype", "tail_group", *_ACTIVATION_FIELDS, "layers")
 
 
 def parse_scheme(fields: dict[str, Any], where: str) -> Scheme:
@@ -179,6 +193,7 @@ def parse_scheme(fields: dict[str, Any], where: str) -> Scheme:
             activation_bits=_activation_bits(fields, where),
             group_size=_group_size(fields.get("group_size", "per_channel"), f"{where}.group_size"),
             convention=_convention(method, fields, where),
+            layers=_layers(fields.get("layers", {}), fields, f"{where}.layers"),
             options=_options(method, fields.get("options", {}), f"{where}.options"),
             **{
                 key: _typed(fields[key], type(default), f"{where}.{key}")
@@ -246,6 +261,32 @@ def _group_size(value: Any, where: str) -> int:
     return value
 
 
+def _layers(given: Any, fields: dict[str, Any], where: str) -> str:
+    """Own bits and groups of linears, with those of the entry where only one of the two is given.
+
+    Raises:
+        BitatlasError: no mapping of patterns to bits, or to weight_bits and group_size.
+    """
+    if not isinstance(given, dict):
+        raise BitatlasError(f"{where} = {given!r}: must be a mapping such as {{'*.down_proj': 8}}")
+    found: dict[str, dict[str, int]] = {}
+    for pattern, value in given.items():
+        place = f"{where}[{pattern!r}]"
+        if not isinstance(pattern, str) or not pattern:
+            raise BitatlasError(f"{place}: the pattern must be text, such as '*.down_proj'")
+        own = value if isinstance(value, dict) else {"weight_bits": value}
+        for key in own:
+            if key not in ("weight_bits", "group_size"):
+                raise BitatlasError(f"{place}: unknown key {key!r}; the keys here are weight_bits, group_size")
+        found[pattern] = {
+            "weight_bits": _whole(own.get("weight_bits", fields["weight_bits"]), 1, 8, f"{place}.weight_bits"),
+            "group_size": _group_size(
+                own.get("group_size", fields.get("group_size", "per_channel")), f"{place}.group_size"
+            ),
+        }
+    return json.dumps(found)
+
+
 def _typed(value: Any, kind: type, where: str) -> Any:
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
@@ -283,7 +324,8 @@ def _options(method: type[Method], given: Any, where: str) -> str:
 @cache
 def option_defaults(method: type[Method]) -> dict[str, Any]:
     """A method's options with their defaults: its dataclass fields except the grids."""
-    return {item.name: item.default for item in dataclasses.fields(method) if item.name not in ("grid", "activations")}
+    grids = ("grid", "activations", "layers")
+    return {item.name: item.default for item in dataclasses.fields(method) if item.name not in grids}
 
 
 def _near(word: Any, known: Any) -> str:

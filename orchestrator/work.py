@@ -270,18 +270,13 @@ def stage_inputs(shape: ModelShape) -> list[int]:
 @cache
 def _first_of_stages(names: tuple[str, ...]) -> list[str]:
     """Of every stage the first linear. Asked for each scheme of a model, of which a sweep may have thousands."""
-    from quantizers.families import FAMILIES
+    from quantizers.families import fused_groups
 
-    followers = {name for family in FAMILIES.values() for stage in family.stages for name in stage[1:]}
-    return [name for name in names if _within_block(name) not in followers]
+    return [group[0] for group in fused_groups(names)]
 
 
 def _block_of(name: str) -> str:
     return next((part for part in name.split(".") if part.isdecimal()), "")
-
-
-def _within_block(name: str) -> str:
-    return name.partition(f".{_block_of(name)}.")[2]
 
 
 def _hidden(shape: ModelShape) -> int:

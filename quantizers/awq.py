@@ -106,7 +106,7 @@ class _Search:
     """One block's search: its activations, computed once, and the candidates' losses."""
 
     def __init__(self, block: FloatBlock, options: Awq) -> None:
-        self._block, self._family, self._options = block.block, block.family, options
+        self._block, self._family, self._options, self._prefix = block.block, block.family, options, block.prefix
         self.rescaling = Rescaling(block.block, block.family)
         self._arguments = block.arguments
         self._inputs: dict[int, list[Tensor]] = {0: [], 2: []}  # of attention and MLP, to run them again
@@ -146,9 +146,9 @@ class _Search:
         weight, hessian = self.rescaling.weight(name), self._hessians[stage]
 
         def loss(scale_I: Tensor) -> float:
-            return float(quadratic_form(self._rounded(weight, scale_I) - weight, hessian))
+            return float(quadratic_form(self._rounded(name, weight, scale_I) - weight, hessian))
 
-        return self._least([weight], mean_abs_I, loss)
+        return self._least([name], [weight], mean_abs_I, loss)
 
     def _by_forward(self, stage: Sequence[str], mean_abs_I: Tensor, run: Callable[[], Iterable[Tensor]]) -> Tensor:
         modules = [linear_at(self._block, name) for name in stage]
@@ -157,28 +157,37 @@ class _Search:
         expected = [output.clone() for output in run()]
 
         def loss(scale_I: Tensor) -> float:
-            for module, weight in zip(modules, weights, strict=True):
-                rounded = self._rounded(weight, scale_I).to(originals[0].dtype)
+            for name, module, weight in zip(stage, modules, weights, strict=True):
+                rounded = self._rounded(name, weight, scale_I).to(originals[0].dtype)
                 module.weight = nn.Parameter(rounded, requires_grad=False)
             outputs = zip(run(), expected, strict=True)
             return sum(float((output.float() - wanted.float()).square().sum()) for output, wanted in outputs)
 
         try:
-            return self._least(weights, mean_abs_I, loss)
+            return self._least(stage, weights, mean_abs_I, loss)
         finally:
             for module, original in zip(modules, originals, strict=True):
                 module.weight = original
 
-    def _least(self, weights: Sequence[Tensor], mean_abs_I: Tensor, loss: Callable[[Tensor], float]) -> Tensor:
-        candidates = candidate_scales(mean_abs_I, weights, self._options)
+    def _least(
+        self,
+        stage: Sequence[str],
+        weights: Sequence[Tensor],
+        mean_abs_I: Tensor,
+        loss: Callable[[Tensor], float],
+    ) -> Tensor:
+        candidates = candidate_scales(mean_abs_I, weights, self._options.of(self._prefix + stage[0]))
         losses = [loss(scale) for scale in candidates]
         finite = [value for value in losses if not math.isnan(value)]
         if not finite:
             raise QuantizationError("no scale gives a finite output: weights or activations hold NaN or infinity")
         return candidates[losses.index(min(finite))]
 
-    def _rounded(self, weight: Tensor, scale_I: Tensor) -> Tensor:
-        return round_to_grid(weight * scale_I, self._options.grid).div_(scale_I)
+    def _grid(self, name: str) -> Grid:
+        return self._options.of(self._prefix + name).grid
+
+    def _rounded(self, name: str, weight: Tensor, scale_I: Tensor) -> Tensor:
+        return round_to_grid(weight * scale_I, self._grid(name)).div_(scale_I)
 
     def clipped(self) -> dict[str, Tensor]:
         """Every linear but q and k, clipped on the inputs that it now gets."""
@@ -190,7 +199,7 @@ class _Search:
                 weight = self.rescaling.weight(name)
                 scale = self.rescaling.input_scales.get(name)
                 sample = self._samples[number] if scale is None else self._samples[number] / scale
-                targets[name] = clip(weight, sample, self._options.grid, self._options.num_clips)
+                targets[name] = clip(weight, sample, self._grid(name), self._options.num_clips)
         return targets
 
 

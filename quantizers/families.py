@@ -9,6 +9,7 @@ where `after_*` is a norm in some families and nothing in the others.
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,3 +100,19 @@ def blocks_of(model: nn.Module, family: Family) -> nn.ModuleList:
     if not isinstance(blocks, nn.ModuleList):
         raise QuantizationError(f"{family.blocks} is a {type(blocks).__name__}, not a list of decoder blocks")
     return blocks
+
+
+def fused_groups(names: Iterable[str]) -> list[list[str]]:
+    """Linears that share their input, in order: q, k and v; o; gate and up; down of each block.
+
+    Args:
+        names: full names of a model's linears, in order.
+    """
+    followers = tuple(f".{name}" for family in FAMILIES.values() for stage in family.stages for name in stage[1:])
+    groups: list[list[str]] = []
+    for name in names:
+        if groups and name.endswith(followers):
+            groups[-1].append(name)
+        else:
+            groups.append([name])
+    return groups

@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 
 from quantizers.activations import ActivationGrid
 from quantizers.block import Stage
 from quantizers.errors import QuantizationError
-from quantizers.families import Family
+from quantizers.families import Family, fused_groups
 from quantizers.grid import Grid
 from quantizers.quantized_weight import QuantizedWeight
 from quantizers.statistics import InputRanges, InputStatistics
@@ -91,6 +92,7 @@ class FloatBlock:
     """A decoder block with its float weights, a private copy that may be run and changed.
 
     Args:
+        prefix: of its linears' full names, with its dot.
         walk: the block's stages with their inputs, see `block.walk_block`; may be walked once, before anything is
             changed. Empty unless `needs.block` or `needs.sample`.
         arguments: the block's keyword arguments (mask, positions) per batch of the walk.
@@ -98,6 +100,7 @@ class FloatBlock:
     """
 
     block: nn.Module
+    prefix: str
     family: Family
     walk: Iterator[Stage]
     arguments: Sequence[Mapping[str, Any]]
@@ -132,6 +135,8 @@ class Method(ABC):
     Args:
         grid: bits, groups and convention of the weights.
         activations: the grid of the linears' inputs; None leaves activations alone.
+        layers: pattern of linears' full names (`*.mlp.down_proj`) -> their own grid; the first that fits counts.
+            Linears that share their input share their grid, as servers keep them in one matrix.
         fold: strength of error folding (QEP, see `folding.py`), 0 (off) to 1.
         fold_damping: fraction of the mean Hessian diagonal added before solving for the fold.
         path: which inputs calibrate a block: `quantized`, what the quantized blocks before it put out, or `float`,
@@ -140,6 +145,7 @@ class Method(ABC):
 
     grid: Grid
     activations: ActivationGrid | None = None
+    layers: tuple[tuple[str, Grid], ...] = ()
     fold: float = 0.0
     fold_damping: float = 1.0
     path: str = "quantized"
@@ -171,6 +177,11 @@ class Method(ABC):
             raise QuantizationError(
                 f"weight_bits = {self.grid.bits}: {self.name} is defined for {_listed(self.weight_bits)}"
             )
+
+    def of(self, linear: str) -> Self:
+        """The method for one linear, by its full name without ".weight": with that linear's own grid."""
+        grid = next((grid for pattern, grid in self.layers if fnmatchcase(linear, pattern)), self.grid)
+        return replace(self, grid=grid, layers=()) if self.layers else self
 
     @property
     def needs(self) -> Needs:
@@ -220,3 +231,37 @@ class Method(ABC):
 
 def _listed(bits: Sequence[int]) -> str:
     return f"{bits[0]} to {bits[-1]} bits" if len(bits) > 1 else f"{bits[0]} bit"
+
+
+def total_stored_bytes(method: Method, linears: Mapping[str, tuple[int, int]]) -> int:
+    """Bytes that a model's linears will take.
+
+    Args:
+        linears: full name -> (out_features, in_features).
+    """
+    return sum(method.of(name).stored_bytes(rows, columns) for name, (rows, columns) in linears.items())
+
+
+def check_grids(method: Method, linears: Mapping[str, tuple[int, int]], *, of: str = "") -> None:
+    """Raise unless every linear's grid fits it, and linears that share their input share their grid.
+
+    Args:
+        linears: full name -> (out_features, in_features), in order.
+        of: what to say after a linear's name.
+    Raises:
+        QuantizationError: names the linear, and what would fit; or the pattern that names no linear.
+    """
+    for pattern, _ in method.layers:
+        if not any(fnmatchcase(name, pattern) for name in linears):
+            raise QuantizationError(
+                f"layers: {pattern!r} names no linear; full names are like {next(iter(linears))!r}, and * stands for "
+                "any part of one"
+            )
+    for group in fused_groups(linears):
+        for name in group:
+            method.of(name).grid.check_fits(linears[name][1], name + of)
+            if method.of(name).grid != method.of(group[0]).grid:
+                raise QuantizationError(
+                    f"layers: {group[0]} and {name} share their input and must share their grid, since servers keep "
+                    "them in one matrix; name them all"
+                )

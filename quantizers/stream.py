@@ -24,7 +24,7 @@ from quantizers.families import Family, blocks_of, family_of, linear_at
 from quantizers.float_statistics import collect_float_statistics
 from quantizers.folding import fold_errors
 from quantizers.linalg import quadratic_form
-from quantizers.method import BlockTransform, FloatBlock, LinearGroup, Method
+from quantizers.method import BlockTransform, FloatBlock, LinearGroup, Method, check_grids
 from quantizers.progress import Progress
 from quantizers.statistics import Drift, Hessian, InputRanges, InputStatistics, TokenSample
 
@@ -154,7 +154,8 @@ class _Work:
 def _check_fits(block: nn.Module, family: Family, method: Method, index: int) -> None:
     for stage in family.stages:
         for name in stage:
-            method.grid.check_fits(linear_at(block, name).in_features, f"{family.blocks}.{index}.{name}")
+            full = f"{family.blocks}.{index}.{name}"
+            method.of(full).grid.check_fits(linear_at(block, name).in_features, full)
 
 
 def _quantize_on_float_path(work: _Work, streams: _Streams | None, index: int) -> QuantizedBlock:
@@ -170,6 +171,7 @@ def _quantize_on_float_path(work: _Work, streams: _Streams | None, index: int) -
     transform = method.transform(
         FloatBlock(
             block=work.block,
+            prefix=work.prefix,
             family=family,
             walk=walk,
             arguments=streams.arguments[index] if streams else [],
@@ -327,7 +329,10 @@ def _quantize_stage(
     work: _Work, number: int, statistics: InputStatistics, transform: BlockTransform
 ) -> list[QuantizedLinear]:
     started = time.perf_counter()
-    method, stage = work.method, work.family.stages[number]
+    stage = work.family.stages[number]
+    method = work.method.of(work.prefix + stage[0])
+    if any(work.method.of(work.prefix + name).grid != method.grid for name in stage):
+        raise QuantizationError(f"layers: {work.prefix}{', '.join(stage)} share their input and must share their grid")
     modules = [linear_at(work.block, name) for name in stage]
     references = [
         transform.references[name] if name in transform.references else module.weight.float()
@@ -414,5 +419,4 @@ def check_model(model: nn.Module, method: Method) -> None:
     Raises:
         QuantizationError: names the first linear that does not fit and what would.
     """
-    for name, (_, in_features) in linears_of(model).items():
-        method.grid.check_fits(in_features, name)
+    check_grids(method, linears_of(model))

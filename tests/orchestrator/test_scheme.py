@@ -1,5 +1,6 @@
 """One point of the grid: every field's rule, and its label."""
 
+import json
 import re
 
 import pytest
@@ -135,3 +136,47 @@ def test_quantized_activations():
     assert '"activation_granularity": "per_tensor"' in scheme.row_options
     assert "activation" not in parse_scheme(RTN, "x").row_options
     assert parse_scheme(scheme.as_entry(), "x") == scheme
+
+
+MIXED = {
+    "method": "gptq",
+    "weight_bits": 4,
+    "group_size": 64,
+    "layers": {"*.down_proj": 6, "*.0.*": {"group_size": 32}},
+}
+
+
+def test_layers_with_bits_of_their_own():
+    scheme = parse_scheme(MIXED, "grid[0]")
+    method = scheme.build()
+    grids = {
+        name: method.of(f"model.layers.{name}").grid for name in ("1.mlp.down_proj", "0.mlp.up_proj", "1.mlp.up_proj")
+    }
+    assert [(grid.bits, grid.group_size) for grid in grids.values()] == [(6, 64), (4, 32), (4, 64)]
+    assert scheme.label == "gptq-w4-g64-mixed"
+    assert json.loads(scheme.row_options)["layers"]["*.down_proj"] == {"weight_bits": 6, "group_size": 64}
+    assert parse_scheme(scheme.as_entry(), "again") == scheme
+
+
+def test_a_scheme_without_them_is_written_as_before():
+    plain = parse_scheme({key: value for key, value in MIXED.items() if key != "layers"}, "grid[0]")
+    assert "layers" not in plain.as_entry()
+    assert "layers" not in json.loads(plain.row_options)
+
+
+@pytest.mark.parametrize(
+    ("layers", "complaint"),
+    [
+        ([8], r"grid\[0\]\.layers = \[8\]: must be a mapping such as"),
+        (
+            {"*.down_proj": 9},
+            r"grid\[0\]\.layers\['\*\.down_proj'\]\.weight_bits = 9: must be a whole number from 1 to 8",
+        ),
+        ({"*.down_proj": {"bits": 8}}, r"unknown key 'bits'; the keys here are weight_bits, group_size"),
+        ({"": 8}, r"grid\[0\]\.layers\[''\]: the pattern must be text"),
+        ({"*.down_proj": {"group_size": 0}}, r"\.group_size = 0: must be a positive whole number"),
+    ],
+)
+def test_layers_that_mean_nothing(layers, complaint):
+    with pytest.raises(BitatlasError, match=complaint):
+        parse_scheme(MIXED | {"layers": layers}, "grid[0]")
