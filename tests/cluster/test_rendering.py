@@ -202,6 +202,7 @@ def test_the_dockerfile_s_installation_runs(host):
     """Its RUN line, with a pip that writes down what it was told."""
     place = host.directory
     host.program("python3", f'[ "$1" = -c ] && exec {sys.executable} "$@"; printf "%s\\n" "$@" >> "$CALLS"')
+    host.program("wget", "exit 1")  # it is only looked for
     (place / "files").mkdir()
     (place / "files" / "constraints.txt").write_text("ray==2.60.0\ntorch==2.13.0\ntorchmetrics==1\nnumpy==2\n")
     here = f"{sys.version_info[0]}.{sys.version_info[1]}"
@@ -268,7 +269,9 @@ def test_the_steps_count_what_there_is():
     assert "on the others" in steps
     assert "on the others" not in render(example("one-server"))[STEPS]
     assert "Kubernetes" not in rendered(kubernetes=None)[STEPS]
-    assert "On the hosts" not in rendered(bare_metal=None)[STEPS]
+    assert "On the host" not in rendered(bare_metal=None)[STEPS]
+    assert ("On the hosts (5)" in steps, "no cluster is needed" in steps) == (True, False)
+    assert "no cluster is needed" in render(example("one-server"))[STEPS]
     assert "Prometheus" not in rendered(monitoring=False)[STEPS].title()
 
 
