@@ -167,6 +167,41 @@ def export(directory: Path, cell: str, form: str, to: Path) -> int:
     return export_command(directory, cell, form, to)
 
 
+@bitatlas.group("cluster")
+def cluster_group() -> None:
+    """Files that start a Ray cluster of Ascend NPUs, for a sweep to run on with `bitatlas run --address`.
+
+    One description says what there is (servers, NPUs, image, versions, where the token is); everything that starts and
+    watches the cluster is rendered from it, so that names, ports and counts agree. See docs/ascend-cluster.md.
+    """
+
+
+@cluster_group.command()
+@click.argument("description", metavar="DESCRIPTION.yaml", type=_PATH)
+@click.option("--to", required=True, type=_PATH, help="Directory to write; may hold an earlier rendering, not changed.")
+def render(description: Path, to: Path) -> int:
+    """Render the files of a cluster from its description: it starts nothing, and talks to nobody.
+
+    Writes STEPS.md, the commands with this cluster's names; for hosts bare-metal/ray-up.yaml (Ray's launcher) and
+    prometheus.yml; for Kubernetes Dockerfile, raycluster.yaml (KubeRay) and prometheus.yml. Unknown keys are refused
+    with the nearest known one. The token is in none of the files: they say where it is kept.
+
+    \b
+    A description, with every default left out:
+      name: atlas
+      shared_directory: /shared
+      bare_metal:
+        ssh_user: bitatlas
+        nodes:
+          - {address: 10.0.0.1, npus: 8}
+    Longer ones are in the package, under cluster/deploy/examples. Change the description and render again: a rendered
+    file that was changed by hand is never overwritten.
+    """
+    from orchestrator.commands import render_command
+
+    return render_command(description, to)
+
+
 @bitatlas.command()
 def doctor() -> int:
     """Show what this machine can do: Python, packages, devices, packaged model and data, disk, and what to mend.

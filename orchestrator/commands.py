@@ -273,6 +273,18 @@ def export_command(directory: Path, cell: str, form: str, to: Path) -> int:
     return OK
 
 
+def render_command(file: Path, to: Path) -> int:
+    """Render a cluster's description into a directory."""
+    from orchestrator.deployment import render_cluster
+
+    names = render_cluster(file, to)
+    console = Console()
+    for name in names:
+        console.print(f"wrote {to / name}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"begin with {to / names[0]}", highlight=False, markup=False, soft_wrap=True)
+    return OK
+
+
 def fetch_command(file: Path, to: Path) -> int:
     """Gather what a sweep needs into a bundle."""
     from orchestrator.bundle.gather import fetch

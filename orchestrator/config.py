@@ -275,18 +275,25 @@ def read_sweep(path: Path) -> Sweep:
     Raises:
         BitatlasError: absent, not YAML, or not a valid sweep: one sentence with the file and the field.
     """
-    sweep = parse_sweep(_read_yaml(path), str(path))
+    sweep = parse_sweep(read_yaml(path, "a sweep file"), str(path))
     if sweep.data is None:
         return sweep
     # A bundle travels with the sweep file, so its place is relative to that.
     return sweep.model_copy(update={"data": str((path.parent / sweep.data).resolve())})
 
 
-def _read_yaml(path: Path) -> Any:
+def read_yaml(path: Path, kind: str) -> Any:
+    """What a YAML file holds; a key that is given twice is refused.
+
+    Args:
+        kind: what it should have been, for complaints: "a sweep file".
+    Raises:
+        BitatlasError: absent, unreadable, or not YAML.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
-        raise BitatlasError(f"{path} does not exist; give the path of a sweep file") from error
+        raise BitatlasError(f"{path} does not exist; give the path of {kind}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise BitatlasError(f"{path} cannot be read as text: {error}") from error
     try:

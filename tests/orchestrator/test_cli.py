@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from orchestrator import __version__
 from orchestrator.cli import bitatlas, main
 
-COMMANDS = ("demo", "plan", "run", "status", "report", "search", "export", "fetch", "doctor")
+COMMANDS = ("demo", "plan", "run", "status", "report", "search", "export", "fetch", "cluster", "doctor")
 
 
 @pytest.fixture
@@ -212,6 +212,32 @@ def test_a_cache_that_cannot_be_used(invoke, write_sweep, tmp_path):
     assert files_in(tmp_path) == ["file", "study.yaml"]
 
 
+def test_a_cluster_is_rendered(invoke, tmp_path):
+    (tmp_path / "atlas.yaml").write_text(
+        "name: atlas\nshared_directory: /shared\nbare_metal: {ssh_user: me, nodes: [{address: 10.0.0.1, npus: 8}]}\n"
+    )
+    status, out, err = invoke("cluster", "render", "atlas.yaml", "--to", "to")
+    assert (status, err) == (0, "")
+    assert out.splitlines() == [
+        "wrote to/STEPS.md",
+        "wrote to/bare-metal/ray-up.yaml",
+        "wrote to/bare-metal/prometheus.yml",
+        "begin with to/STEPS.md",
+    ]
+    assert "10.0.0.1" in (tmp_path / "to" / "bare-metal" / "ray-up.yaml").read_text()
+
+
+def test_a_bad_description_of_a_cluster(invoke, tmp_path):
+    (tmp_path / "bad.yaml").write_text("nam: atlas\n")
+    (tmp_path / "broken.yaml").write_text("a: b: c\n")
+    one_line(refused(invoke("cluster", "render", "bad.yaml", "--to", "to"), "unknown key 'nam'; did you mean 'name'"))
+    one_line(refused(invoke("cluster", "render", "broken.yaml", "--to", "to"), "broken.yaml: not valid YAML at line 1"))
+    one_line(refused(invoke("cluster", "render", "no.yaml", "--to", "to"), "give the path of a cluster description"))
+    refused(invoke("cluster", "render", "bad.yaml"), "Missing option '--to'")
+    refused(invoke("cluster", "rendr"), "No such command 'rendr'")
+    assert files_in(tmp_path) == ["bad.yaml", "broken.yaml"]
+
+
 def test_data_that_is_no_bundle(invoke, write_sweep, tmp_path):
     file = write_sweep(data="nowhere")
     for command in ("plan", "run"):
@@ -249,7 +275,7 @@ assert not heavy, heavy
 """
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["--version"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["cluster", "render", "--help"], ["--version"]])
 def test_help_is_quick(arguments):
     ran = subprocess.run([sys.executable, "-c", LIGHT, *arguments], capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
