@@ -1,0 +1,184 @@
+"""The allocations of bits that a search may choose among, and what each takes, to the byte. Pure.
+
+Linears that share their input are one group and share a choice: q, k and v; o; gate and up; down of each block. An
+allocation is one index per group, into the group's choices in their order of bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.errors import BitatlasError
+
+if TYPE_CHECKING:
+    from orchestrator.scheme import Scheme
+
+Allocation = tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """One way to quantize a group.
+
+    Args:
+        weight_bits: bits per code.
+        group_size: 0 is per channel.
+        stored_bytes: of the group's linears together, scales and zeros included.
+    """
+
+    weight_bits: int
+    group_size: int
+    stored_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Linears that share a choice.
+
+    Args:
+        linears: full names.
+        num_weights: of all of them.
+        choices: in rising order of bytes; one alone where the group is pinned.
+    """
+
+    linears: tuple[str, ...]
+    num_weights: int
+    choices: tuple[Choice, ...]
+
+    @property
+    def name(self) -> str:
+        """`model.layers.3.self_attn.q_proj+k_proj+v_proj`."""
+        return "+".join([self.linears[0], *(name.rpartition(".")[2] for name in self.linears[1:])])
+
+
+@dataclass(frozen=True)
+class Space:
+    """All groups of a model, in order."""
+
+    groups: tuple[Group, ...]
+
+    @cached_property
+    def num_weights(self) -> int:
+        """Weights of all linears."""
+        return sum(group.num_weights for group in self.groups)
+
+    @cached_property
+    def least(self) -> Allocation:
+        """The allocation of the fewest bytes."""
+        return (0,) * len(self.groups)
+
+    @cached_property
+    def most(self) -> Allocation:
+        """The allocation of the most bytes."""
+        return tuple(len(group.choices) - 1 for group in self.groups)
+
+    def choices(self, allocation: Allocation) -> list[Choice]:
+        """What each group gets."""
+        return [group.choices[index] for group, index in zip(self.groups, allocation, strict=True)]
+
+    def stored_bytes(self, allocation: Allocation) -> int:
+        """Of all linears, scales and zeros included."""
+        return sum(choice.stored_bytes for choice in self.choices(allocation))
+
+    def bits_per_weight(self, allocation: Allocation) -> float:
+        """Stored bits of each weight, on average."""
+        return 8 * self.stored_bytes(allocation) / self.num_weights
+
+    def budget(self, bits_per_weight: float, where: str) -> int:
+        """The bytes of a budget in stored bits per weight.
+
+        Raises:
+            BitatlasError: nothing fits it, or there is nothing to choose.
+        """
+        return self.check_budget(int(bits_per_weight * self.num_weights / 8), where)
+
+    def check_budget(self, budget_bytes: int, where: str) -> int:
+        """The budget, if an allocation fits it and there is something to choose.
+
+        Raises:
+            BitatlasError: names the least that is possible, or says that every group has one choice.
+        """
+        if all(len(group.choices) == 1 for group in self.groups):
+            raise BitatlasError(
+                f"{where}: every group of linears has one choice alone, so that there is nothing to search; give more "
+                "weight_bits, or pin fewer layers"
+            )
+        least = self.stored_bytes(self.least)
+        if budget_bytes < least:
+            raise BitatlasError(
+                f"{where} of {budget_bytes} bytes ({8 * budget_bytes / self.num_weights:.3f} bits per weight) is below "
+                f"the least possible: {least} bytes ({self.bits_per_weight(self.least):.3f} bits per weight)"
+            )
+        return budget_bytes
+
+    def entry(self, scheme: Scheme, allocation: Allocation) -> dict[str, Any]:
+        """A grid entry of a sweep file that quantizes so.
+
+        Args:
+            scheme: the method, whose bits and groups hold where nothing else is said.
+        """
+        layers: dict[str, dict[str, Any]] = {}
+        for group, choice in zip(self.groups, self.choices(allocation), strict=True):
+            if (choice.weight_bits, choice.group_size) != (scheme.weight_bits, scheme.group_size):
+                own = {"weight_bits": choice.weight_bits, "group_size": choice.group_size or "per_channel"}
+                layers |= dict.fromkeys(group.linears, own)
+        return scheme.as_entry() | ({"layers": layers} if layers else {})
+
+
+def make_space(
+    linears: Mapping[str, tuple[int, int]], schemes: Sequence[Scheme], pinned: Mapping[str, Scheme] | None = None
+) -> Space:
+    """The space of a model.
+
+    Args:
+        linears: full name -> (out_features, in_features), in order.
+        schemes: the choices: one method with several bits or groups.
+        pinned: pattern of full names -> the one scheme that these linears get; the first that fits counts.
+    Raises:
+        BitatlasError: a pattern names no linear, or some of a group alone; or a scheme does not fit a linear.
+    """
+    from quantizers.errors import QuantizationError
+    from quantizers.families import fused_groups
+
+    pinned = pinned or {}
+    for pattern in pinned:
+        if not any(fnmatchcase(name, pattern) for name in linears):
+            raise BitatlasError(f"pinned: {pattern!r} names no linear; full names are like {next(iter(linears))!r}")
+    groups = []
+    for names in fused_groups(linears):
+        patterns = {next((pattern for pattern in pinned if fnmatchcase(name, pattern)), None) for name in names}
+        if len(patterns) > 1:
+            raise BitatlasError(
+                f"pinned: {', '.join(names)} share their input and must share their choice; pin all of them or none"
+            )
+        (pin,) = patterns
+        offered = schemes if pin is None else [pinned[pin]]
+        shapes = {name: linears[name] for name in names}
+        try:
+            choices = {_choice(scheme, shapes) for scheme in offered}
+        except QuantizationError as error:
+            raise BitatlasError(str(error)) from error
+        groups.append(
+            Group(
+                linears=tuple(names),
+                num_weights=sum(rows * columns for rows, columns in shapes.values()),
+                choices=tuple(sorted(choices, key=lambda choice: (choice.stored_bytes, choice.weight_bits))),
+            )
+        )
+    return Space(tuple(groups))
+
+
+def _choice(scheme: Scheme, shapes: Mapping[str, tuple[int, int]]) -> Choice:
+    from quantizers.method import check_grids, total_stored_bytes
+
+    method = scheme.build()
+    check_grids(method, shapes)
+    return Choice(
+        weight_bits=scheme.weight_bits,
+        group_size=scheme.group_size,
+        stored_bytes=total_stored_bytes(method, shapes),
+    )
