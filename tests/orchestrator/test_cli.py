@@ -136,6 +136,26 @@ def test_plan_shows_cells_and_writes_nothing(invoke, tmp_path, write_sweep, tiny
     assert files_in(tmp_path) == ["study.yaml"]
 
 
+def test_an_outline_needs_neither_weights_nor_data(invoke, tmp_path, write_sweep, monkeypatch):
+    monkeypatch.setattr("orchestrator.cost_store.observations_file", lambda _: tmp_path / "none")
+    models = [{"name": "pangu", "source": "./models/openPangu-Embedded-1B-V1.1"}]
+    evaluation = {"perplexity": [{"corpus": "c4"}]}
+    file = write_sweep(models=models, evaluation=evaluation, workers={"device": "npu", "count": 8})
+    status, out, _ = invoke("plan", "--outline", file)
+    assert status == 0
+    assert "study: 4 cells, 7 jobs" in out
+    assert "done" not in out.splitlines()[0]
+    for words in (
+        "by number of npu devices:",
+        "memory: a worker needs up to",
+        "disk: ",
+        "an outline, by configurations",
+    ):
+        assert words in out
+    assert files_in(tmp_path) == ["study.yaml"]
+    one_line(refused(invoke("plan", file), "models[0].source = './models/openPangu-Embedded-1B-V1.1' does not exist"))
+
+
 def test_plan_warns_of_damaged_rates(invoke, tmp_path, write_sweep, tiny_checkpoint, monkeypatch):
     (tmp_path / "rates").write_text("{")
     monkeypatch.setattr("orchestrator.cost_store.observations_file", lambda _: tmp_path / "rates")
