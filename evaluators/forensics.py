@@ -241,7 +241,7 @@ def _run(model: Any, ids_BT: Tensor, blocks: str) -> Run:
     with watch.hooked():
         hidden_NH = hidden_states(parts, ids_BT)[:, :-1].flatten(0, 1)
         log_probabilities, _ = token_log_probabilities(parts, hidden_NH, ids_BT[:, 1:].flatten())
-    nll = -log_probabilities.double().mean().item()
+    nll = -log_probabilities.cpu().double().mean().item()  # not every device has float64
     return Run(
         finite=math.isfinite(nll),
         nll=nll if math.isfinite(nll) else None,

@@ -81,4 +81,4 @@ def _perplexity_of_end(model: Any, tokens: npt.NDArray[np.int64], count: int) ->
         ids = torch.tensor(tokens, device=parts.device)
         hidden_NH = hidden_states(parts, ids[None])[0, -count - 1 : -1]
         log_probabilities, _ = token_log_probabilities(parts, hidden_NH, ids[-count:])
-        return math.exp(min(-log_probabilities.double().mean().item(), 700.0))
+        return math.exp(min(-log_probabilities.cpu().double().mean().item(), 700.0))  # not every device has float64

@@ -99,10 +99,15 @@ def mixed_by_mask(
         return scaled_dot_product_attention(
             query, key, value, attn_mask=mask_QK, is_causal=mask_QK is None, scale=bends.scaling, enable_gqa=True
         )
-    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    key, value = _once_per_query_head(key, groups), _once_per_query_head(value, groups)
     if mask_QK is None:
         mask_QK = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
     logits = query @ key.transpose(2, 3) * (bends.scaling if bends.scaling is not None else query.shape[-1] ** -0.5)
     capped = bends.softcap * torch.tanh(logits / bends.softcap)
     weights = capped.masked_fill(~mask_QK, -torch.inf).softmax(-1, dtype=torch.float32)
     return weights.to(value.dtype) @ value
+
+
+def _once_per_query_head(part: torch.Tensor, groups: int) -> torch.Tensor:
+    """Keys or values [batch, heads, K, D], each head repeated. For `repeat_interleave` torch_npu lists no bfloat16."""
+    return part.unsqueeze(2).expand(-1, -1, groups, -1, -1).flatten(1, 2)

@@ -53,7 +53,8 @@ def perplexity(
     """Perplexity by GPTQ's recipe: exp of the mean over windows of the mean cross-entropy of T - 1 tokens.
 
     Where all windows have one length, this is also the exp of the mean over all predicted tokens; where the last one is
-    shorter, it is that by definition. The model runs in its own dtype; the loss is float32, the means float64.
+    shorter, it is that by definition. The model runs in its own dtype; the loss is float32, the means float64, on the
+    CPU, as not every device has float64.
 
     Args:
         model: a transformers causal language model in evaluation mode.
@@ -87,7 +88,7 @@ def perplexity(
             chunk_bytes=chunk_bytes,
             observe=None if observe is None else _from(scored, observe),
         )
-        nlls += (-log_probabilities).view(len(ids_BT), ids_BT.shape[1] - 1).double().mean(dim=1).tolist()
+        nlls += (-log_probabilities.cpu()).view(len(ids_BT), ids_BT.shape[1] - 1).double().mean(dim=1).tolist()
         if progress is not None:
             progress(len(nlls), len(windows))
     return summarize(nlls, num_tokens=sum(tokens), tokens=tokens)

@@ -84,7 +84,7 @@ class InputRanges:
 
 
 class RangeTracker:
-    """Accumulates `InputRanges`; means are summed in float64, where the device has it, in the order of the batches."""
+    """Accumulates `InputRanges`; means are summed in float64 on the host, in the order of the batches."""
 
     def __init__(self, in_features: int, device: torch.device) -> None:
         """Start with no tokens."""
@@ -96,7 +96,7 @@ class RangeTracker:
     def update(self, inputs_NTI: Tensor) -> None:
         """Add sequences: [sequences, tokens, in_features], any float dtype."""
         inputs = inputs_NTI.reshape(-1, inputs_NTI.shape[-1])
-        self._low_I = torch.minimum(self._low_I, inputs.amin(0).float())
+        self._low_I = torch.minimum(self._low_I, -(-inputs).amax(0).float())  # torch_npu lists no bfloat16 for `amin`
         self._high_I = torch.maximum(self._high_I, inputs.amax(0).float())
         self._sum_I += inputs.abs().sum(0, dtype=torch.float32).to("cpu", torch.float64)
         self._num_tokens += inputs.shape[0]
