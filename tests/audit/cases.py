@@ -76,6 +76,13 @@ SCHEMES: dict[str, dict[str, Any]] = {
     },
     "gptq float path": {"method": "gptq", "weight_bits": 4, "group_size": 16, "options": {"path": "float"}},
     "gptq with folded errors": {"method": "gptq", "weight_bits": 3, "group_size": 16, "options": {"fold": 0.5}},
+    "gptq factorized on the device": {
+        "method": "gptq",
+        "weight_bits": 4,
+        "group_size": 16,
+        "options": {"factorization": "device"},
+    },
+    "gptq mixed bits": {"method": "gptq", "weight_bits": 4, "group_size": 16, "layers": {"*.down_proj": 3}},
     "gptq W4A4": {"method": "gptq", "weight_bits": 4, "activation_bits": 4, "group_size": 16},
     "awq": {"method": "awq", "weight_bits": 4, "group_size": 16, "options": {"num_ratios": 4}},
     "awq both scales": {

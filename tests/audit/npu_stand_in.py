@@ -262,7 +262,7 @@ def _caller() -> str:
     frame, test = sys._getframe(1), "?"
     while frame is not None:
         path = Path(frame.f_code.co_filename)
-        if path.is_relative_to(ROOT) and path != Path(__file__):
+        if path.is_relative_to(ROOT) and path != Path(__file__) and "site-packages" not in path.parts:
             name = f"{path.relative_to(ROOT).as_posix()}:{frame.f_lineno} {frame.f_code.co_name}"
             if not name.startswith("tests/"):
                 return name
