@@ -18,7 +18,6 @@ from orchestrator.plan import Plan, make_plan
 
 if TYPE_CHECKING:
     from orchestrator.inputs import Inputs
-    from orchestrator.plan import Plan
     from orchestrator.sweep import Summary
     from orchestrator.view import View
 
@@ -232,7 +231,6 @@ def plan_command(file: Path, *, out: Path | None, outline: bool = False) -> int:
 
 def _outlined(sweep: Sweep, file: Path) -> tuple[Inputs, Plan]:
     from orchestrator.outline import outline
-    from orchestrator.plan import make_plan
 
     inputs = outline(sweep, str(file))
     return inputs, make_plan(sweep, inputs.identities)
