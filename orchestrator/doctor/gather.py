@@ -33,8 +33,10 @@ def gather(sweep: Path | None, *, out: Path | None, address: str | None, workers
         BitatlasError: the sweep file is not valid.
     """
     machine = look_around()
-    asked, needs = Asked(), (Need(what="the sweep", found="not looked at: torch does not load"),) if sweep else ()
-    if sweep is not None and not machine.torch_error:
+    asked, needs = Asked(), list[Need]()
+    if sweep is not None and machine.torch_error:
+        needs = [Need(what="the sweep", found="not looked at: torch does not load")]
+    elif sweep is not None:
         asked, needs = _of_the_sweep(sweep)
     if workers is not None:
         asked = Asked(**vars(asked) | {"count": workers})
@@ -47,11 +49,11 @@ def gather(sweep: Path | None, *, out: Path | None, address: str | None, workers
         cluster=cluster,
         out=directory,
         places=_places(),
-        needs=needs,
+        needs=tuple(needs),
     )
 
 
-def _of_the_sweep(file: Path) -> tuple[Asked, tuple[Need, ...]]:
+def _of_the_sweep(file: Path) -> tuple[Asked, list[Need]]:
     from orchestrator.config import read_sweep
     from orchestrator.doctor.needs import needs_of
 
@@ -60,7 +62,7 @@ def _of_the_sweep(file: Path) -> tuple[Asked, tuple[Need, ...]]:
     asked = Asked(
         device=told.device, count=told.count, threads=told.threads, per_device=told.per_device, strict=told.strict
     )
-    return asked, needs_of(sweep, str(file))
+    return asked, list(needs_of(sweep, str(file)))
 
 
 def _look_elsewhere(out: Path | None, address: str | None) -> tuple[Place | None, Cluster | None]:

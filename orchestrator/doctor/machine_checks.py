@@ -142,7 +142,7 @@ def _isolation(machine: Machine, asked: Asked) -> Iterator[Finding]:
 def _allocators(machine: Machine, _: Asked) -> Iterator[Finding]:
     trouble = two_allocators(machine.variables)
     if trouble is not None and machine.torch_npu is not None:
-        found, _, remedy = trouble.rpartition(": ")
+        found, remedy = trouble.rsplit(": ", 1)
         yield Finding(subject="allocator", found=found, remedy=remedy, fatal=True)
 
 
