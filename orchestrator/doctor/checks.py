@@ -47,8 +47,9 @@ def _cluster(world: World) -> Iterator[Finding]:
     if cluster is None:
         return
     if cluster.trouble:
-        remedy = "start one there with `ray start --head`, or leave --address out"
-        yield Finding(subject="Ray cluster", found=cluster.trouble, remedy=remedy, fatal=True)
+        found, _, remedy = cluster.trouble.partition("; ")  # what, and mostly what to do
+        remedy = remedy or "give the HOST:PORT of a running cluster, or leave --address out"
+        yield Finding(subject="Ray cluster", found=found, remedy=remedy, fatal=True)
         return
     for node in cluster.nodes:
         resources = ", ".join(
@@ -129,10 +130,11 @@ def _workers(world: World) -> Iterator[Finding]:
     have = {name: sum(int(node.resources.get(name, 0)) for node in nodes) for name in ("NPU", "GPU", "CPU")}
     told = ", ".join(f"{count} {name}" for name, count in have.items() if count)
     lower = f"lower workers.count to {room}" if room else "use device: auto"
+    threads = f"lower workers.threads (now {asked.threads}), or " if asked.threads > 1 else ""
     yield Finding(
         subject="workers",
         found=f"{wanted} {kind.name} workers are asked for, and {where} has room for {room} ({told})",
-        remedy=f"{lower}, or workers.threads (now {asked.threads}), or start Ray on more nodes",
+        remedy=f"{lower}, or {threads}start Ray on more nodes",
         fatal=True,
     )
 

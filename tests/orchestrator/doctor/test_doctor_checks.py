@@ -60,7 +60,7 @@ def test_a_full_disk():
 def test_fewer_devices_than_asked_for():
     finding = findings(on(NODE, asked=Asked(device="npu", count=8)))["workers"]
     assert finding.found == "8 npu workers are asked for, and this cluster has room for 4 (4 NPU, 8 CPU)"
-    assert finding.remedy == "lower workers.count to 4, or workers.threads (now 1), or start Ray on more nodes"
+    assert finding.remedy == "lower workers.count to 4, or start Ray on more nodes"
     assert finding.fatal
     two = replace(NODE, name="10.0.0.3")
     assert not wrong(on(NODE, two, asked=Asked(device="npu", count=8)))
@@ -70,7 +70,7 @@ def test_fewer_devices_than_asked_for():
 def test_cores_too_bound_workers_on_accelerators():
     finding = findings(on(NODE, asked=Asked(device="npu", count=4, threads=4)))["workers"]
     assert finding.fatal
-    assert finding.remedy.startswith("lower workers.count to 2, or workers.threads (now 4)")
+    assert finding.remedy == "lower workers.count to 2, or lower workers.threads (now 4), or start Ray on more nodes"
 
 
 def test_a_kind_that_is_not_there():
@@ -91,10 +91,12 @@ def test_more_cpu_workers_than_cores():
 
 
 def test_a_cluster_that_does_not_answer():
-    cluster = Cluster(address="10.0.0.1:6379", trouble="nobody answers at --address 10.0.0.1:6379")
+    cluster = Cluster(address="10.0.0.1:1", trouble="nobody answers at --address 10.0.0.1:1; start one there")
     finding = findings(replace(FINE, cluster=cluster))["Ray cluster"]
-    assert finding.fatal
-    assert finding.remedy.startswith("start one there with `ray start --head`")
+    told = "nobody answers at --address 10.0.0.1:1", "start one there", True
+    assert (finding.found, finding.remedy, finding.fatal) == told
+    finding = findings(replace(FINE, cluster=replace(cluster, trouble="--address x is not HOST:PORT")))["Ray cluster"]
+    assert finding.remedy == "give the HOST:PORT of a running cluster, or leave --address out"
 
 
 def test_a_node_that_does_not_answer():
