@@ -3,6 +3,7 @@
 import pytest
 
 from evaluators.errors import DataError, EvaluationError
+from orchestrator.bundle.manifest import Manifest, write_manifest
 from orchestrator.doctor import needs as looking
 from orchestrator.doctor.needs import needs_of
 
@@ -97,6 +98,18 @@ def test_the_packaged_data_may_be_missing(needs, monkeypatch):
 
 
 def test_a_bundle_is_read_by_its_list(needs, tmp_path):
-    (need,) = needs(data=str(tmp_path)).values()
+    model = tmp_path / "files" / "tiny" / "model.safetensors"
+    model.parent.mkdir(parents=True)
+    model.write_bytes(b"weights")  # whose content is not looked at
+    sweep = {"data": str(tmp_path), "models": [{"name": "tiny", "source": "./tiny"}]}
+    (need,) = needs(**sweep).values()
     assert (need.what, need.found) == ("bundle", "not usable")
     assert need.trouble.startswith("study.yaml: data")
+    write_manifest(tmp_path, Manifest(local={"./tiny": "files/tiny"}), lambda *_: None)
+    (need,) = needs(**sweep).values()
+    assert (need.found, need.trouble) == (f"{tmp_path}: 1 files, 0 MB", "")
+    (need,) = needs(**sweep | {"models": [{"name": "other", "source": "./other"}]}).values()
+    assert "'./other' is not in the bundle" in need.trouble
+    model.write_bytes(b"less")
+    (need,) = needs(**sweep).values()
+    assert need.trouble == f"study.yaml: data: {model} is missing or has another size; copy the bundle again"
