@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.devices import DeviceKind, claim, limit_memory
+from cluster.devices import Claim, DeviceKind, claim, limit_memory
 from cluster.failures import Failure
 from cluster.placement import Place
 from cluster.pool import Payload, attempt, make_worker
@@ -69,10 +69,9 @@ class WorkerActor:
         self._line = line
         self._beat = time.monotonic()
 
-    def describe(self) -> tuple[str, int, bool]:
-        """The device's name, this process's id, and whether it sees the witness (where there is none to see, it
-        does)."""
-        return self._device.name, os.getpid(), self._witness is None or self._witness.is_seen
+    def describe(self) -> tuple[Claim, int, bool]:
+        """The device, this process's id, and whether it sees the witness (where there is none to see, it does)."""
+        return self._device, os.getpid(), self._witness is None or self._witness.is_seen
 
     def run(self, payload: Payload) -> tuple[Any, Failure | None, float]:
         """Do a job; what it made or why it failed, and its seconds."""

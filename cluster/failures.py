@@ -59,6 +59,8 @@ _LOST = {
 }
 _NODE_DIED = ("its node has died", "node was terminated", "doesn't exist any more")
 _NODE_OUT_OF_MEMORY = ("NODE_OUT_OF_MEMORY", "running low on memory")
+# torch_npu raises some of them as plain RuntimeErrors, in words of its own. Not run on hardware.
+_NPU_OUT_OF_MEMORY = ("NPU out of memory", "host out of memory")
 _DISK = {errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EFBIG}
 # By name, most special first; packages that must not know this one raise most of them.
 _NAMED = {
@@ -147,8 +149,18 @@ def classify(error: BaseException, detail: str = "") -> Failure:
     if isinstance(error, OSError) and error.errno in _DISK:
         return Failure(kind="disk", message=message, detail=detail)
     kind = next((kind for name, kind in _NAMED.items() if name in names), "error")
+    if is_out_of_memory(error):
+        kind = "out_of_memory"
     told = message if kind in _PLAIN else f"{type(error).__name__}: {message}"
     return Failure(kind=kind, message=told, detail=detail)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that a device or the process had no memory left."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    if names & {name for name, kind in _NAMED.items() if kind == "out_of_memory"}:
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _NPU_OUT_OF_MEMORY)
 
 
 def _kind_of_loss(names: set[str], text: str) -> str:

@@ -12,7 +12,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from cluster.devices import KINDS, Claim, claim
@@ -27,12 +27,15 @@ class WorkerInfo:
 
     Args:
         sees_output: whether it sees the file that was to tell it so (`witness.py`).
+        software: as in its `Claim`; `cpu_fallback` likewise.
     """
 
     name: str
     device: str
     process_id: int
     sees_output: bool = True
+    software: Mapping[str, str] = field(default_factory=dict)
+    cpu_fallback: bool | None = None
 
     @property
     def node(self) -> str:
@@ -114,7 +117,7 @@ class InlinePool:
         device = claim(KINDS["cpu"])
         self._worker = make_worker(factory, device, threads, self._report)
         self._name = "cpu-0@inline"
-        self._info = WorkerInfo(name=self._name, device=device.name, process_id=0)
+        self._info = WorkerInfo(name=self._name, device=device.name, process_id=0, software=device.software)
         self._queue: deque[Payload] = deque()
 
     def _report(self, line: str) -> None:

@@ -239,7 +239,14 @@ class RayPool:
             except ray.exceptions.RayError as error:
                 failed.append((name, error))
                 continue
-            info = WorkerInfo(name=name, device=device, process_id=process_id, sees_output=sees_output)
+            info = WorkerInfo(
+                name=name,
+                device=device.name,
+                process_id=process_id,
+                sees_output=sees_output,
+                software=device.software,
+                cpu_fallback=device.cpu_fallback,
+            )
             vigil = actor.watch(starting.handle.vigil)
             self._workers[name] = _Worker(place=starting.place, handle=starting.handle, info=info, vigil=vigil)
             self._infos[name] = info

@@ -7,12 +7,14 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from cluster.devices import KINDS, DeviceKind
 from cluster.errors import ClusterError
 from cluster.job import surrounding_job
 
 _CONNECT_SECONDS = 20
+_QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +57,7 @@ def ray_session(
     Raises:
         ClusterError: nobody answers at `address`, or the cluster lacks the devices.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    _set_defaults()
     import ray
 
     job = surrounding_job() if address is None else None
@@ -81,18 +82,46 @@ def ray_session(
         ray.shutdown()
 
 
+@contextmanager
+def visit(address: str) -> Iterator[None]:
+    """Connect to a running cluster, only to look at it, and disconnect on leaving.
+
+    Raises:
+        ClusterError: nobody answers at `address`.
+    """
+    _set_defaults()
+    import ray
+
+    _join(address)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _set_defaults() -> None:
+    """Before ray is imported."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+
+def _join(address: str) -> str | None:
+    import ray
+
+    _check_answers(address)
+    try:
+        context = ray.init(address=address, **_QUIET)
+    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ClusterError(f"no Ray cluster answers at --address {address} ({reason})") from error
+    return _dashboard(context)
+
+
 def _connect(device: str, count: int | str, threads: int, per_device: int, address: str | None) -> str | None:
     import ray
 
-    quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
     if address is not None:
-        _check_answers(address)
-        try:
-            context = ray.init(address=address, **quiet)
-        except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise ClusterError(f"no Ray cluster answers at --address {address} ({reason})") from error
-        return _dashboard(context)
+        return _join(address)
     cores = os.cpu_count() or 1
     wanted = int(count) * threads if isinstance(count, int) and not KINDS.get(device, KINDS["npu"]).simulated else 0
     resources = {}
@@ -109,7 +138,7 @@ def _connect(device: str, count: int | str, threads: int, per_device: int, addre
         resources=resources or None,
         include_dashboard=True,
         dashboard_host="127.0.0.1",
-        **quiet,
+        **_QUIET,
     )
     return _dashboard(context)
 

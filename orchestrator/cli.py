@@ -45,11 +45,13 @@ def main() -> NoReturn:
     except (click.Abort, KeyboardInterrupt):
         sys.exit(INTERRUPTED)
     except Exception as error:
+        from cluster.ascend import backend_trouble
         from cluster.errors import ClusterError
 
-        if not isinstance(error, BitatlasError | ClusterError):
+        told = str(error) if isinstance(error, BitatlasError | ClusterError) else backend_trouble(error)
+        if told is None:
             raise
-        click.echo(f"bitatlas: {error}", err=True)
+        click.echo(f"bitatlas: {told}", err=True)
         sys.exit(BAD_INPUT)
 
 
@@ -203,14 +205,23 @@ def render(description: Path, to: Path) -> int:
 
 
 @bitatlas.command()
-def doctor() -> int:
-    """Show what this machine can do: Python, packages, devices, packaged model and data, disk, and what to mend.
+@click.argument("sweep_file", metavar="[SWEEP.yaml]", type=_PATH, required=False)
+@click.option("--out", type=_PATH, help="Directory in which the sweep will write; is it seen by every node?")
+@click.option("--address", help="HOST:PORT of a running Ray cluster, whose nodes are looked at too.")
+@click.option("--workers", type=click.IntRange(min=1), help="Number of workers, instead of workers.count of the file.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON list of findings: subject, found, remedy, fatal.")
+def doctor(
+    sweep_file: Path | None, out: Path | None, address: str | None, workers: int | None, *, as_json: bool
+) -> int:
+    """Show what this machine and a cluster can do, and what to mend.
 
-    Exit status 1 where a sweep would fail.
+    Looks at Python, torch, devices and their memory, Ascend's driver, CANN and torch_npu (loaded in a process of its
+    own), packages, the nodes of a Ray cluster with their clocks, directories, and disks; with SWEEP.yaml also for its
+    models, data and workers. Nothing is started or changed. Exit status 1 where a sweep would fail.
     """
-    from orchestrator.doctor import doctor_command
+    from orchestrator.doctor.command import doctor_command
 
-    return doctor_command()
+    return doctor_command(sweep_file, out=out, address=address, workers=workers, as_json=as_json)
 
 
 @bitatlas.command()

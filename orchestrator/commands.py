@@ -57,6 +57,7 @@ def run_command(
     cache: Path | None = None,
 ) -> int:
     """Run or resume a sweep; the exit status."""
+    from cluster.devices import strict_variables
     from cluster.job import is_in_a_copy
     from cluster.ray_pool import RayPool
     from cluster.session import ray_session
@@ -107,7 +108,13 @@ def run_command(
             )
         with left_witness(layout.root) as witness:
             with console.status(f"starting {session.count} {session.kind.name} workers ..."):
-                pool = RayPool(session, FACTORY, variables, stuck_seconds=60 * settings.stuck_minutes, witness=witness)
+                pool = RayPool(
+                    session,
+                    FACTORY,
+                    {**variables, **strict_variables(session.kind, strict=settings.strict)},
+                    stuck_seconds=60 * settings.stuck_minutes,
+                    witness=witness,
+                )
             try:
                 with Store(layout) as store:
                     remove_other_witnesses(witness)

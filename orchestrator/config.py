@@ -206,6 +206,7 @@ class WorkersConfig(_Strict):
     count: int | Literal["auto"] = "auto"
     threads: int = Field(default=1, ge=1)
     per_device: int = Field(default=1, ge=1, le=16)  # workers that share an accelerator, each with its share of memory
+    strict: bool = True  # on NPUs: an operator that they lack fails, and does not run on the CPU
     stuck_minutes: float = Field(default=60.0, gt=0)  # without progress, after which a worker is ended
 
     @field_validator("count")

@@ -37,4 +37,5 @@ class PeakMemory:
         elif self._device != "unknown":
             import torch
 
+            # `torch.npu` counts as `torch.cuda` does; not run on hardware.
             self.peak_bytes = int(torch.get_device_module(self._device).max_memory_allocated())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
@@ -74,6 +75,9 @@ def outcome_rows(
             "peak_memory_bytes": outcome["peak_memory_bytes"],
             "quantize_seconds": outcome["quantize_seconds"],
             "published_bits_per_weight": outcome["published_bits_per_weight"],
+            # Of an outcome that an earlier version kept they are not known.
+            "software": _software(outcome.get("software")),
+            "cpu_fallback": outcome.get("cpu_fallback"),
             "forensics": json.dumps(outcome["forensics"], sort_keys=True) if outcome.get("forensics") else None,
         }
     )
@@ -105,8 +109,16 @@ def failure_row(
     return (
         cell_columns(sweep, job)
         | _run_columns(job, worker, started_at, finished_at)
+        | {
+            "software": _software(worker.software) if worker else None,
+            "cpu_fallback": worker.cpu_fallback if worker else None,
+        }
         | {"task": job.task, "status": "failed", "error_kind": failure.kind, "error": failure.message}
     )
+
+
+def _software(versions: Mapping[str, str] | None) -> str | None:
+    return json.dumps(dict(versions), sort_keys=True) if versions else None
 
 
 def _run_columns(job: Job, worker: WorkerInfo | None, started_at: datetime, finished_at: datetime) -> dict[str, Any]:

@@ -71,6 +71,8 @@ RESULTS = Table(
         "peak_memory_bytes": "int64",
         "worker": "string",
         "device": "string",
+        "software": "string",  # JSON: versions of torch and what is under it (cuda; torch_npu, cann, driver)
+        "cpu_fallback": "bool",  # operators that an NPU lacks may have run on the CPU; null where there was no NPU
         "execution": "string",  # simulated | native
         "seed": "int64",  # of the calibration; null where no data was looked at
         "code_version": "string",

@@ -13,7 +13,7 @@ from orchestrator.facts import without_facts
 from orchestrator.measured import task_outcome
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from datetime import datetime
 
     from orchestrator.plan import Job
@@ -67,8 +67,28 @@ def merged_outcome(job: Job, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         **{name: outcomes[0][name] for name in _OF_THE_CELL},
         **task_outcome(result, limit=job.evaluation.limit, is_fp=job.cell.scheme is None),
         "seconds": sum(outcome["seconds"] for outcome in outcomes),
+        "software": merged_software(outcomes),
+        "cpu_fallback": merged_fallback(outcomes),
         "peak_memory_bytes": max(outcome["peak_memory_bytes"] for outcome in outcomes),
     }
+
+
+def merged_software(outcomes: Sequence[Mapping[str, Any]]) -> dict[str, str] | None:
+    """Versions under all slices; where they differ, each once. None where one slice tells none."""
+    told = [outcome.get("software") for outcome in outcomes]
+    if not all(told):
+        return None
+    versions = [software or {} for software in told]
+    names = dict.fromkeys(name for software in versions for name in software)
+    return {
+        name: ", ".join(dict.fromkeys(software[name] for software in versions if name in software)) for name in names
+    }
+
+
+def merged_fallback(outcomes: Sequence[Mapping[str, Any]]) -> bool | None:
+    """Whether the CPU may have helped an NPU with any slice; None where no NPU took part."""
+    told = [outcome["cpu_fallback"] for outcome in outcomes if outcome.get("cpu_fallback") is not None]
+    return any(told) if told else None
 
 
 def _result(fields: dict[str, Any]) -> TaskResult:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.devices import Claim
+from cluster.failures import is_out_of_memory
 from orchestrator.artifacts import Artifact, ArtifactWriter, find_artifact, set_aside
 from orchestrator.config import PerplexityConfig
 from orchestrator.errors import DamagedFileError
@@ -137,9 +138,9 @@ class Worker:
         """Do one job.
 
         Returns:
-            `seconds`, `peak_memory_bytes`, `device` (where it was measured), `reused`, `quantize_seconds`,
-            `stored_bytes`, `layers` (quantize), and `metrics`, `items`, `protocol`, `warnings` (evaluate), or `slice`
-            (a slice of an evaluation); and what `facts.py` has.
+            `seconds`, `peak_memory_bytes`, where it was measured (`device`, `software`, `cpu_fallback`), `reused`,
+            `quantize_seconds`, `stored_bytes`, `layers` (quantize), and `metrics`, `items`, `protocol`, `warnings`
+            (evaluate), or `slice` (a slice of an evaluation); and what `facts.py` has.
         """
         import torch
 
@@ -157,10 +158,16 @@ class Worker:
                 started = time.perf_counter()
                 outcome = self._quantize(payload) if payload["kind"] == "quantize" else self._evaluate(payload)
                 outcome["seconds"] = time.perf_counter() - started
-        except (MemoryError, torch.OutOfMemoryError):
-            self._let_go()
+        except Exception as error:
+            if is_out_of_memory(error):
+                self._let_go()
             raise
-        outcome |= {"device": self._device.name, "peak_memory_bytes": memory.peak_bytes}
+        outcome |= {
+            "device": self._device.name,
+            "software": dict(self._device.software),
+            "cpu_fallback": self._device.cpu_fallback,
+            "peak_memory_bytes": memory.peak_bytes,
+        }
         if self._cache is not None and payload["kind"] == "evaluate":
             self._cache.put_outcome(payload["id"], self._device_kind, outcome)
         return self._facts.beside(outcome)

@@ -30,6 +30,7 @@ STARTS = {
     "test_failures_end_to_end": FIRST,
     "test_ray_pool": LAST,
     "test_elastic": LAST,
+    "test_survey": LAST,
     "test_metrics_actor": LAST,
     "test_bundle_end_to_end": LAST,
 }

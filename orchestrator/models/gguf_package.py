@@ -31,7 +31,7 @@ def converted_package(reference: str, cache: Path, where: str) -> Path:
     Raises:
         BitatlasError: no such package or file, or the file is no GGUF that transformers can read.
     """
-    gguf = _find(reference, where)
+    gguf = packaged_file(reference, where)
     with gguf.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     directory = cache / "models" / f"{digest[:32]}-{_CONVERTER}"
@@ -44,7 +44,12 @@ def converted_package(reference: str, cache: Path, where: str) -> Path:
     return directory
 
 
-def _find(reference: str, where: str) -> Path:
+def packaged_file(reference: str, where: str) -> Path:
+    """The installed file of `PACKAGE/FILE.gguf`.
+
+    Raises:
+        BitatlasError: no such package or file.
+    """
     package, _, name = reference.partition("/")
     spec = importlib.util.find_spec(package) if package.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:

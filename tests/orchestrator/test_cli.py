@@ -2,14 +2,18 @@
 
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 from click.testing import CliRunner
 
+from cluster.devices import KINDS
 from orchestrator import __version__
 from orchestrator.cli import bitatlas, main
+from orchestrator.errors import BitatlasError
 
 COMMANDS = ("demo", "plan", "run", "status", "report", "search", "export", "fetch", "cluster", "doctor")
 
@@ -273,6 +277,48 @@ def test_an_error_of_our_own_keeps_its_traceback(invoke, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["bitatlas", "status", "."])
     with pytest.raises(ZeroDivisionError):
         main()
+
+
+def test_a_torch_npu_that_does_not_load_is_one_line_with_its_remedy(invoke, monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("Failed to load the backend extension: torch_npu. You can ...") from ImportError(
+            "libhccl.so"
+        )
+
+    monkeypatch.setattr("orchestrator.commands.status_command", broken)
+    words = "torch does not load, because torch_npu does not (libhccl.so)", "TORCH_DEVICE_BACKEND_AUTOLOAD=0"
+    one_line(refused(invoke("status", "."), *words))
+
+
+def test_doctor_s_arguments(invoke, monkeypatch):
+    asked = []
+    monkeypatch.setattr("orchestrator.doctor.command.doctor_command", lambda *a, **k: asked.append((*a, k)) or 1)
+    nothing = {"out": None, "address": None, "workers": None, "as_json": False}
+    assert invoke("doctor")[0] == 1
+    given = ("--out", "d", "--address", "h:1", "--workers", 2, "--json")
+    invoke("doctor", "study.yaml", *given)
+    assert asked == [
+        (None, nothing),
+        (Path("study.yaml"), {"out": Path("d"), "address": "h:1", "workers": 2, "as_json": True}),
+    ]
+
+
+@pytest.mark.parametrize(("strict", "told"), [(None, "1"), (True, "1"), (False, "0")])
+def test_workers_on_npus_are_told_whether_the_cpu_may_help(
+    invoke, write_sweep, tiny_checkpoint, monkeypatch, strict, told
+):
+    @contextmanager
+    def session(**_):
+        yield SimpleNamespace(kind=KINDS["simulated-npu"], count=1, joined=None, dashboard=None)
+
+    def pool(_, __, environment, **___):
+        raise BitatlasError(f"workers get {environment}")
+
+    monkeypatch.setattr("cluster.session.ray_session", session)
+    monkeypatch.setattr("cluster.ray_pool.RayPool", pool)
+    workers = {"device": "simulated-npu"} | ({} if strict is None else {"strict": strict})
+    file = write_sweep(models=[{"name": "tiny", "source": str(tiny_checkpoint)}], workers=workers)
+    refused(invoke("run", file), f"workers get {{'TORCH_NPU_FALLBACK_CPU_DISABLE': '{told}'}}")
 
 
 def test_an_interrupt_is_status_130(invoke, monkeypatch):

@@ -109,7 +109,7 @@ def test_again_after_more_was_done(layout):
 
 
 def test_parts_stay_of_moderate_size(layout):
-    largest = 3 * max(path.stat().st_size for path in layout.table("items").iterdir())
+    largest = 3 * max(path.stat().st_size for path in layout.root.glob("*/*.parquet"))
     before = content(layout)
     compact(layout, largest)
     assert content(layout) == before
@@ -214,7 +214,7 @@ def test_a_reader_that_looks_all_the_time(layout, monkeypatch):
     readers = [threading.Thread(target=read, args=given) for given in ((RESULTS, COUNT), (ITEMS, 3 * COUNT))]
     for reader in readers:
         reader.start()
-    size = max(path.stat().st_size for path in layout.table("items").iterdir())
+    size = max(path.stat().st_size for path in layout.root.glob("*/*.parquet"))
     for times in (2, 1000):  # parts of parts
         compact(layout, times * size)
     stop.set()
@@ -284,7 +284,7 @@ def test_batches_are_put_together_while_a_sweep_runs(layout, monkeypatch):
 
 def test_batches_put_together_while_a_sweep_runs_stay_of_moderate_size(layout, monkeypatch):
     monkeypatch.setattr(compaction, "MANY_PARTS", COUNT)
-    largest = 3 * max(path.stat().st_size for path in layout.table("items").iterdir())
+    largest = 3 * max(path.stat().st_size for path in layout.root.glob("*/*.parquet"))
     monkeypatch.setattr(compaction, "LARGEST_BYTES", largest)
     expected = content(layout)
     with Store(layout) as store:

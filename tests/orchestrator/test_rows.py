@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import pytest
@@ -13,7 +14,7 @@ from orchestrator.schema import ITEMS, LAYERS, RESULTS
 from quantizers.uniform_weight import stored_bytes
 
 BEGAN, ENDED = (datetime(2026, 1, 1, hour, tzinfo=UTC) for hour in (1, 2))
-WORKER = WorkerInfo(name="cpu-0@host", device="a processor", process_id=7)
+WORKER = WorkerInfo(name="cpu-0@host", device="a processor", process_id=7, software={"torch": "2.13.0"})
 
 
 @pytest.fixture
@@ -146,3 +147,23 @@ def test_a_quantized_model_s_size_counts_every_byte(jobs, model_input):
 
 def test_no_artifact_no_size(jobs, model_input):
     assert size_columns(jobs["tiny gptq-w4-g64: arc_easy"].cell, model_input, None) == {}
+
+
+def test_a_row_tells_the_software_by_which_it_was_measured(jobs, model_input):
+    job = jobs["tiny gptq-w4-g64: boolq-passages"]
+    npu = {"torch": "2.12.0", "torch_npu": "2.12.0", "cann": "9.1.0", "driver": "25.2.0"}
+    (row,) = rows_of(job, model_input, software=npu, cpu_fallback=False)["results"]
+    assert json.loads(row["software"]) == npu
+    assert list(json.loads(row["software"])) == sorted(npu)
+    assert row["cpu_fallback"] is False
+    (row,) = rows_of(job, model_input)["results"]  # kept by a version that did not tell: not this worker's
+    assert (row["software"], row["cpu_fallback"]) == (None, None)
+
+
+def test_a_failed_job_s_row_tells_its_worker_s_software(jobs):
+    job, failure = jobs["tiny gptq-w4-g64: boolq-passages"], Failure(kind="error", message="no")
+    times = {"started_at": BEGAN, "finished_at": ENDED}
+    row = failure_row("study", job, failure, worker=replace(WORKER, cpu_fallback=True), **times)
+    assert (row["software"], row["cpu_fallback"]) == ('{"torch": "2.13.0"}', True)
+    row = failure_row("study", job, failure, worker=None, **times)
+    assert (row["software"], row["cpu_fallback"]) == (None, None)
