@@ -83,7 +83,7 @@ class Versions(_Strict):
     ray: Version = "2.60.0"
     cann: Version = "9.1.0"
     torch: Version = "2.12.0"
-    torch_npu: Version = "2.12.0"
+    torch_npu: Version = "2.12.0.post3"  # the first of 2.12 whose fallback to the CPU can be switched off
 
     @model_validator(mode="after")
     def _fit(self) -> Versions:

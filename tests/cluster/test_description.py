@@ -114,7 +114,7 @@ def test_what_is_said_counts():
             PODS,
             "versions",
             {"torch": "2.13.0"},
-            "versions: torch_npu 2.12.0 is made for torch 2.12.*, not 2.13.0; give",
+            "versions: torch_npu 2.12.0.post3 is made for torch 2.12.*, not 2.13.0; give",
         ),
     ],
 )
