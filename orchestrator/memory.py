@@ -2,8 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import re
 from pathlib import Path
+
+
+def give_back_freed_memory() -> None:
+    """Let the system have what this process has freed.
+
+    glibc keeps freed blocks below 32 MB for later, in pieces that later blocks may not fit: a worker that put one
+    artifact after another into a model of 2.3 GB peaked at 6.0 to 7.3 GB. Elsewhere than on glibc nothing is done.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 class PeakMemory:

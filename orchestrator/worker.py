@@ -36,7 +36,7 @@ from orchestrator.measured import (
     perplexity_outcome,
     task_outcome,
 )
-from orchestrator.memory import PeakMemory
+from orchestrator.memory import PeakMemory, give_back_freed_memory
 from orchestrator.plan import Job
 from orchestrator.scheme import Scheme
 from orchestrator.shared_cache import SharedCache
@@ -154,6 +154,7 @@ class Worker:
         if found is not None:
             return self._facts.beside(found | {"reused": True})
         try:
+            give_back_freed_memory()  # what the last job left
             with PeakMemory(self._device.torch_device) as memory, fast_products(self._device.torch_device):
                 started = time.perf_counter()
                 outcome = self._quantize(payload) if payload["kind"] == "quantize" else self._evaluate(payload)
@@ -214,6 +215,7 @@ class Worker:
         self._installed.close()
         self._installed = ExitStack()
         self._applied = None
+        give_back_freed_memory()
 
     def _quantize(self, payload: Mapping[str, Any]) -> dict[str, Any]:
         directory = Path(payload["artifact"])

@@ -1,6 +1,8 @@
 """The peak of a job: seen, and forgotten by the next."""
 
 import mmap
+import subprocess
+import sys
 
 import pytest
 
@@ -27,3 +29,28 @@ def test_an_exception_leaves_the_measurement():
     with pytest.raises(ValueError, match="mine"), memory:
         raise ValueError("mine")
     assert memory.peak_bytes > MB
+
+
+FRAGMENTED = """
+import ctypes, re
+from pathlib import Path
+import torch
+from orchestrator.memory import give_back_freed_memory
+
+def resident():
+    return int(re.search(r"VmRSS:\\s+(\\d+)", Path("/proc/self/status").read_text()).group(1)) * 1024
+
+torch.ones(6_000_000)  # 24 MB, freed at once: from now on glibc serves smaller blocks from its heap
+blocks = [torch.ones(250_000) for _ in range(300)]
+del blocks[::2]  # every other one: the heap cannot shrink from its end
+before = resident()
+give_back_freed_memory()
+print(before - resident())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc is Linux's")
+def test_freed_blocks_between_others_go_back_to_the_system():
+    command = [sys.executable, "-c", FRAGMENTED]
+    outcome = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert int(outcome.stdout) > 0.8 * 150 * 1e6
