@@ -154,7 +154,6 @@ class Worker:
         if found is not None:
             return self._facts.beside(found | {"reused": True})
         try:
-            give_back_freed_memory()  # what the last job left
             with PeakMemory(self._device.torch_device) as memory, fast_products(self._device.torch_device):
                 started = time.perf_counter()
                 outcome = self._quantize(payload) if payload["kind"] == "quantize" else self._evaluate(payload)
@@ -251,6 +250,7 @@ class Worker:
         windows = payload["windows"]
         tokens = None if windows is None else torch.tensor(windows)
         method = scheme.build()
+        give_back_freed_memory()
         started = time.perf_counter()
         writer = ArtifactWriter(directory)
         try:
