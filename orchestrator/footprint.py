@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from evaluators.head import CHUNK_BYTES
 from orchestrator.config import PerplexityConfig
-from orchestrator.work import num_blocks, stage_inputs
+from orchestrator.work import decoder_weights, hidden_size, num_blocks, stage_inputs, windows_looked_at
 
 if TYPE_CHECKING:
     from orchestrator.inputs import Inputs
@@ -146,7 +146,7 @@ def quantize_need(shape: ModelShape, method: Method, samples: int, length: int) 
     host = 0.0
     widest = max(stage_inputs(shape))
     if samples and walks(method):
-        looked_at = samples if method.path != "float" or not needs.windows else min(samples, needs.windows)
+        looked_at = windows_looked_at(method, samples)
         streams = 1 + needs.drift
         compute += streams * looked_at * length * (hidden_size(shape) + widest) * width
         compute += activation_bytes(shape, min(_CALIBRATION_BATCH, looked_at * length))
@@ -167,12 +167,7 @@ def activation_bytes(shape: ModelShape, tokens: int) -> float:
 
 def decoder_bytes(shape: ModelShape) -> float:
     """Of the linears of all blocks, in the model's dtype."""
-    return sum(rows * columns for rows, columns in shape.linears.values()) * shape.bits_per_value / 8
-
-
-def hidden_size(shape: ModelShape) -> int:
-    """What q reads."""
-    return next(columns for _, columns in shape.linears.values())
+    return decoder_weights(shape) * shape.bits_per_value / 8
 
 
 def _stage_weights(shape: ModelShape) -> list[int]:

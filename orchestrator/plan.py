@@ -159,9 +159,8 @@ def make_plan(sweep: Sweep, identities: Identities) -> Plan:
     evaluations: list[Evaluation] = [*sweep.evaluation.perplexity, *sweep.evaluation.tasks]
     wholes: dict[str, Job] = {}
     for cell in cells.values():
-        execution = (
-            sweep.evaluation.execution if cell.scheme else SIMULATED
-        )  # of fp there is nothing to execute otherwise
+        # Of fp there is nothing to execute otherwise.
+        execution = sweep.evaluation.execution if cell.scheme else SIMULATED
         for evaluation in evaluations:
             measured = identities.evaluations[cell.model, evaluation.key]
             job = Job(

@@ -131,8 +131,8 @@ def works(jobs: Iterable[Job], inputs: Inputs, *, host_cost: float = 1.0) -> dic
 def forward_work(shape: ModelShape, sequences: float, length: int, *, head: bool) -> float:
     """A forward pass: 2 x weights x T of the decoder's linears, causal attention, and the head where it is read."""
     tokens = sequences * length
-    hidden = _hidden(shape)
-    linears = 2.0 * _decoder_weights(shape) * tokens
+    hidden = hidden_size(shape)
+    linears = 2.0 * decoder_weights(shape) * tokens
     attention = 2.0 * hidden * length * tokens * num_blocks(shape)  # Q K^T and A V: 4 x hidden x length, half of it
     return linears + attention + (2.0 * hidden * shape.vocabulary * tokens if head else 0.0)
 
@@ -147,11 +147,8 @@ def quantize_work(shape: ModelShape, method: Method, samples: int, length: int, 
     """
     from quantizers.stream import walks
 
-    needs, tokens = method.needs, samples * length
-    looked_at = samples
-    if method.path == "float" and needs.windows:
-        looked_at = len(range(0, samples, max(1, samples // needs.windows)))
-    work = float(rounding_passes(method) * ROUNDING * _decoder_weights(shape))
+    needs, tokens, looked_at = method.needs, samples * length, windows_looked_at(method, samples)
+    work = float(rounding_passes(method) * ROUNDING * decoder_weights(shape))
     if samples and walks(method):
         passes = 1 + needs.drift + (method.path != "float" and not method.true_sequential)
         work += passes * forward_work(shape, looked_at, length, head=False)
@@ -164,6 +161,11 @@ def quantize_work(shape: ModelShape, method: Method, samples: int, length: int, 
         # With drift: two more products of I x I matrices, and a second correction.
         work += cubes * (factor + 4 * needs.drift) + columns * (1 + needs.drift)
     return work + _search_work(shape, method, looked_at, length)
+
+
+def windows_looked_at(method: Method, samples: int) -> int:
+    """How many of so many calibration windows a method's own walk looks at."""
+    return len(range(0, samples, method.needs.stride(samples) if method.path == "float" else 1))
 
 
 def statistics_work(shape: ModelShape, samples: int, length: int, *, hessians: bool) -> float:
@@ -202,7 +204,7 @@ def _search_work(shape: ModelShape, method: Method, looked_at: int, length: int)
         return method.num_ratios * forward_work(shape, looked_at, length, head=False)
     if isinstance(method, SlimLlm) and method.bit_allocation:  # outputs by float weights, by rounded ones, and changes
         tokens = min(method.allocation_tokens or looked_at * length, looked_at * length)
-        return 3 * 2.0 * _decoder_weights(shape) * tokens
+        return 3 * 2.0 * decoder_weights(shape) * tokens
     return 0.0
 
 
@@ -212,7 +214,7 @@ def evaluate_work(shape: ModelShape, job: Job, windows: tuple[int, int]) -> floa
     Args:
         windows: number and length of a perplexity's windows.
     """
-    decoding = ROUNDING * _decoder_weights(shape) if job.cell.scheme else 0.0
+    decoding = ROUNDING * decoder_weights(shape) if job.cell.scheme else 0.0
     if isinstance(job.evaluation, PerplexityConfig):
         return decoding + forward_work(shape, *windows, head=True)
     if not isinstance(job.evaluation, TaskConfig):
@@ -279,12 +281,13 @@ def _block_of(name: str) -> str:
     return next((part for part in name.split(".") if part.isdecimal()), "")
 
 
-def _hidden(shape: ModelShape) -> int:
+def hidden_size(shape: ModelShape) -> int:
     """The hidden size: what most linears read."""
     return Counter(inputs for _, inputs in shape.linears.values()).most_common(1)[0][0]
 
 
-def _decoder_weights(shape: ModelShape) -> int:
+def decoder_weights(shape: ModelShape) -> int:
+    """Weights of the linears of all blocks."""
     return sum(out * inputs for out, inputs in shape.linears.values())
 
 

@@ -17,7 +17,7 @@ from cluster.failures import is_out_of_memory
 from orchestrator.artifacts import Artifact, ArtifactWriter, find_artifact, set_aside
 from orchestrator.config import PerplexityConfig
 from orchestrator.errors import DamagedFileError
-from orchestrator.execution import SIMULATED, installed_for
+from orchestrator.execution import installed_for
 from orchestrator.facts import (
     ARTIFACT_MADE,
     MODEL_LOADED,
@@ -310,11 +310,11 @@ class Worker:
         if payload["artifact"] is None:
             self._remove_artifact()
         else:
-            cost = self._install(model, Path(payload["artifact"]), payload.get("execution", SIMULATED))
+            cost = self._install(model, Path(payload["artifact"]), payload["execution"])
         measured = self._task(evaluation, payload) if asked is None else self._perplexity(asked, payload, reference)
         return {"reused": False, **cost, **measured}
 
-    def _install(self, model: PreTrainedModel, directory: Path, execution: str = SIMULATED) -> dict[str, Any]:
+    def _install(self, model: PreTrainedModel, directory: Path, execution: str) -> dict[str, Any]:
         try:
             artifact = find_artifact(directory)
             if artifact is None:

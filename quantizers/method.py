@@ -45,6 +45,10 @@ class Needs:
     block: bool = False
     windows: int = 0
 
+    def stride(self, windows: int) -> int:
+        """On the float path, every how-manieth of so many calibration windows is looked at."""
+        return max(1, windows // self.windows) if self.windows else 1
+
     @property
     def calibration(self) -> bool:
         """Whether calibration data must be there at all."""

@@ -131,8 +131,8 @@ class _Streams:
     @classmethod
     def enter(cls, source: BlockSource, method: Method, windows: Tensor) -> _Streams:
         needs = method.needs
-        if method.path == "float" and needs.windows:
-            windows = windows[:: max(1, len(windows) // needs.windows)]
+        if method.path == "float":
+            windows = windows[:: needs.stride(len(windows))]
         hidden, arguments = enter(source, windows)
         return cls(hidden=hidden, float_hidden=list(hidden) if needs.drift else None, arguments=arguments)
 

@@ -122,11 +122,14 @@ def check_tokenizer_files(directory: Path, where: str) -> None:
     """Raise unless openPangu's vocabulary is there.
 
     Raises:
-        BitatlasError: tokenizer.model is missing, or the pointer of a large file that was never fetched.
+        BitatlasError: tokenizer.model is missing or empty, or the pointer of a large file that was never fetched.
     """
     path = directory / "tokenizer.model"
     if not path.exists():
         raise BitatlasError(f"{where}: tokenizer.model is missing; copy the checkpoint again")
     with path.open("rb") as file:
-        if file.read(7) == b"version":
-            raise BitatlasError(f"{where}: tokenizer.model is a Git LFS pointer, not the vocabulary; fetch it")
+        start = file.read(7)
+    if not start:
+        raise BitatlasError(f"{where}: tokenizer.model is empty; copy the checkpoint again")
+    if start == b"version":
+        raise BitatlasError(f"{where}: tokenizer.model is a Git LFS pointer, not the vocabulary; fetch it")

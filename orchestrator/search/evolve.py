@@ -7,6 +7,7 @@ then spent on good ones. Source: Sieberling et al. 2024 (EvoPress), arXiv:2410.1
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -59,7 +60,7 @@ def generation(
     trials = [study.ask(distributions(space)) for _ in range(offspring)]
     for number, stage in enumerate(stages):
         losses = measure([allocation_of(space, trial.params) for trial in trials], stage.windows)
-        ranked = sorted(zip(trials, losses, strict=True), key=lambda pair: (pair[1] != pair[1], pair[1]))
+        ranked = sorted(zip(trials, losses, strict=True), key=lambda pair: (math.isnan(pair[1]), pair[1]))
         for trial, loss in ranked:
             trial.set_user_attr(f"loss_{stage.windows}", loss)
         if number == len(stages) - 1:
@@ -72,12 +73,12 @@ def generation(
 
 def _complete(study: optuna.Study, space: Space, ranked: Sequence[tuple[Trial, float]]) -> Allocation | None:
     for trial, loss in ranked:
-        if loss == loss:  # noqa: PLR0124 - not a number
-            study.tell(trial, loss)
-        else:
+        if math.isnan(loss):
             study.tell(trial, state=TrialState.FAIL)
+        else:
+            study.tell(trial, loss)
     best, loss = ranked[0]
-    return allocation_of(space, best.params) if loss == loss else None  # noqa: PLR0124
+    return None if math.isnan(loss) else allocation_of(space, best.params)
 
 
 def abandon_unfinished(study: optuna.Study) -> int:

@@ -206,14 +206,6 @@ def test_a_worker_executes_both_ways_by_turns(prepared, monkeypatch, entry):
     assert native == pytest.approx(simulated, rel=2e-3)
 
 
-def test_a_driver_that_knew_no_execution_is_understood(prepared):
-    payloads, _, _ = prepared("simulated", W4)
-    worker = Worker(device=CPU, threads=1, report=[].append)
-    worker.run(payloads["quantize"])
-    old = {name: value for name, value in payloads["evaluate"].items() if name != "execution"}
-    assert worker.run(old)["metrics"] == worker.run(payloads["evaluate"])["metrics"]
-
-
 def test_a_worker_that_is_no_npu_fails_and_says_so(prepared):
     payloads, _, _ = prepared("native", W4)
     worker = Worker(device=CPU, threads=1, report=[].append)

@@ -3,7 +3,7 @@
 import pytest
 
 from evaluators.head import CHUNK_BYTES
-from orchestrator.footprint import PROCESS_BYTES, decoder_bytes, footprint, hidden_size, peaks
+from orchestrator.footprint import PROCESS_BYTES, decoder_bytes, footprint, peaks
 from orchestrator.inputs import Inputs
 from orchestrator.outline import outline
 from orchestrator.plan import make_plan
@@ -93,4 +93,3 @@ def test_shapes(model_input, make_identities, make_sweep):
     inputs = Inputs(models={"tiny": model_input}, identities=make_identities(make_sweep()))
     shape = inputs.models["tiny"].shape
     assert decoder_bytes(shape) == 2 * (64 * 64 + 128 * 64)
-    assert hidden_size(shape) == 64

@@ -99,7 +99,7 @@ def test_the_order_of_evaluations_does_not_matter(prepared):
     shutil.rmtree(node_cache() / "references")
     worker.run(payloads["rtn-w2-g32: quantize"])
     model = worker._load(payloads["fp: own"]["model"])
-    worker._install(model, Path(payloads["rtn-w2-g32: own"]["artifact"]))
+    worker._install(model, Path(payloads["rtn-w2-g32: own"]["artifact"]), "simulated")
     other = outcomes_of(payloads, order=("rtn-w2-g32: own", "fp: own", "rtn-w8-g32: own"), worker=worker)
     for label in EVALUATE:
         assert other[label]["metrics"] == plain[label]["metrics"]

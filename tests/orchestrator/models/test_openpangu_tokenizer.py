@@ -116,6 +116,12 @@ def test_a_vocabulary_that_is_missing(copy):
         load_tokenizer(copy)
 
 
+def test_a_vocabulary_that_is_empty(copy):
+    (copy / "tokenizer.model").write_bytes(b"")
+    with pytest.raises(BitatlasError, match=r"tokenizer\.model is empty; copy the checkpoint again"):
+        load_tokenizer(copy)
+
+
 def test_a_vocabulary_that_was_never_fetched(copy):
     (copy / "tokenizer.model").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     with pytest.raises(BitatlasError, match=r"tokenizer\.model is a Git LFS pointer, not the vocabulary; fetch it"):
