@@ -81,12 +81,13 @@ class Artifact:
             tensors = load_file(path)
             linears = self.manifest["linears"].items()
             yield StoredBlock(
-                linears=[_linear(name, facts, tensors) for name, facts in linears if facts["file"] == file],
+                linears=[read_linear(name, facts, tensors) for name, facts in linears if facts["file"] == file],
                 dense={name: tensors[name] for name, place in self.manifest["dense"].items() if place == file},
             )
 
 
-def _linear(name: str, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> StoredLinear:
+def read_linear(name: str, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> StoredLinear:
+    """A linear of an artifact, by its facts in the manifest and the tensors of its file."""
     from quantizers.activations import ActivationQuantizer
     from quantizers.apply import StoredLinear
     from quantizers.encodings import ENCODINGS

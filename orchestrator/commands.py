@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import signal
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +17,6 @@ from orchestrator.plan import Plan, make_plan
 if TYPE_CHECKING:
     from orchestrator.inputs import Inputs
     from orchestrator.sweep import Summary
-    from orchestrator.view import View
 
 OK, SOME_FAILED, INTERRUPTED = 0, 1, 130
 
@@ -30,13 +27,9 @@ def _layout(sweep: Sweep, out: Path | None) -> Layout:
 
 def _read(file: Path, console: Console) -> tuple[Sweep, Mapping[str, str]]:
     """A sweep, and the variables that its workers need where its data is a bundle."""
-    from orchestrator.bundle.use import use_bundle
+    from orchestrator.running import with_data
 
-    sweep = read_sweep(file)
-    if sweep.data is None:
-        return sweep, {}
-    with console.status(f"verifying {sweep.data} (every file is read once per machine) ..."):
-        return use_bundle(sweep, str(file))
+    return with_data(read_sweep(file), str(file), console)
 
 
 def _prepare(sweep: Sweep, file: Path, console: Console) -> tuple[Inputs, Plan]:
@@ -57,31 +50,20 @@ def run_command(
     cache: Path | None = None,
 ) -> int:
     """Run or resume a sweep; the exit status."""
-    from cluster.devices import strict_variables
-    from cluster.job import is_in_a_copy
-    from cluster.ray_pool import RayPool
-    from cluster.session import ray_session
     from orchestrator.claim import claim_output
-    from orchestrator.cost_store import observations_file
     from orchestrator.damage import damaged_parts
-    from orchestrator.execution import check_device
-    from orchestrator.models.source import node_cache
+    from orchestrator.running import check_is_kept, drive, interrupts, started_pool
     from orchestrator.shared_cache import usable_cache
     from orchestrator.store import Store
-    from orchestrator.sweep import Driver, finished_jobs
-    from orchestrator.view import make_view
-    from orchestrator.witness import left_witness, remove_other_witnesses
+    from orchestrator.sweep import finished_jobs
+    from orchestrator.witness import remove_other_witnesses
     from orchestrator.worker import FACTORY
 
     console = Console()
     sweep, variables = _read(file, console)
     layout = _layout(sweep, out)
-    for option, directory in (("--out", layout.root), ("--cache", cache)):
-        if directory is not None and is_in_a_copy(directory):
-            raise BitatlasError(
-                f"{option} {directory} lies in a Ray job's copy of its working directory, which Ray deletes after the "
-                f"job; give {option} an absolute path on storage that every node sees"
-            )
+    check_is_kept("--out", layout.root)
+    check_is_kept("--cache", cache)
     claim_output(layout, sweep)
     shared = None if cache is None else usable_cache(cache, layout.root)
     inputs, plan = _prepare(sweep, file, console)
@@ -91,86 +73,16 @@ def run_command(
         if report:
             report_command(layout.root, console)
         return OK
-    settings = sweep.workers
-    with ray_session(
-        device=settings.device,
-        count=workers if workers is not None else settings.count,
-        threads=settings.threads,
-        per_device=settings.per_device,
-        address=address,
-    ) as session:
-        check_device(sweep.evaluation.execution, session.kind.name)
-        if session.joined:
-            console.print(f"joined {session.joined}", highlight=False, markup=False, soft_wrap=True)
-        if session.dashboard:
-            console.print(
-                f"Ray dashboard: {session.dashboard} (if it asks for a token: ray get-auth-token)", highlight=False
-            )
-        with left_witness(layout.root) as witness:
-            with console.status(f"starting {session.count} {session.kind.name} workers ..."):
-                pool = RayPool(
-                    session,
-                    FACTORY,
-                    {**variables, **strict_variables(session.kind, strict=settings.strict)},
-                    stuck_seconds=60 * settings.stuck_minutes,
-                    witness=witness,
-                )
-            try:
-                with Store(layout) as store:
-                    remove_other_witnesses(witness)
-                    driver = Driver(
-                        sweep=sweep,
-                        plan=plan,
-                        inputs=inputs,
-                        layout=layout,
-                        store=store,
-                        pool=pool,
-                        kept=observations_file(node_cache()),
-                        cache=shared,
-                    )
-                    with _interrupts(driver.stop, console), _with_metrics(make_view(console), sweep, console) as view:
-                        summary = driver.run(view)
-            finally:
-                pool.close()
+    stop = threading.Event()
+    with (
+        started_pool(sweep, layout, FACTORY, console, address=address, workers=workers, variables=variables) as running,
+        Store(layout) as store,
+        interrupts(stop, console),
+    ):
+        remove_other_witnesses(running.witness)
+        summary = drive(sweep, plan, inputs, layout, store, running.pool, console, stop=stop, cache=shared)
     again = f"bitatlas run {file}" + (f" --out {out}" if out else "") + (f" --cache {cache}" if cache else "")
     return _conclude(summary, again, layout, console, report=report)
-
-
-@contextmanager
-def _with_metrics(view: View, sweep: Sweep, console: Console) -> Iterator[View]:
-    """A view that also feeds the cluster's metrics; the view itself, with a warning, where Ray will not have them."""
-    from cluster.errors import ClusterError
-    from cluster.metrics_actor import MetricsSink
-    from orchestrator.metrics_view import MetricsView
-
-    try:
-        sink = MetricsSink(f"bitatlas-metrics-{sweep.name}")
-    except ClusterError as error:
-        console.print(f"warning: {error}", style="yellow", markup=False, highlight=False, soft_wrap=True)
-        yield view
-        return
-    try:
-        yield MetricsView(view, sink, sweep.name)
-    finally:
-        sink.close()
-
-
-@contextmanager
-def _interrupts(stop: threading.Event, console: Console) -> Iterator[None]:
-    """The first Ctrl-C (or SIGTERM) asks the driver to stop; a second one ends the process at once."""
-
-    def ask(number: int, _: object) -> None:
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
-        console.print("\nstopping: what is finished is kept (again to end at once)")
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _conclude(summary: Summary, again: str, layout: Layout, console: Console, *, report: bool) -> int:

@@ -67,7 +67,7 @@ class Summary:
 
 def finished_jobs(layout: Layout, plan: Plan, states: Mapping[str, str] | None = None) -> set[str]:
     """Ids of the plan's jobs that need not be done again: their rows are in the store (a slice's own, or its whole
-    task's), and a quantizing job's artifact is still there for the evaluations that are missing.
+    task's), and a quantizing job's artifact is still there where an evaluation is missing, or none is planned.
 
     Args:
         states: of `job_states`, where they are known already.
@@ -80,7 +80,12 @@ def finished_jobs(layout: Layout, plan: Plan, states: Mapping[str, str] | None =
         for job in plan.jobs
         if states.get(job.whole_id or job.id) == "finished" or (job.id in kept and states.get(job.id) == "finished")
     }
-    wanted = {job.needs for job in plan.jobs if job.id not in finished}
+    needed = {job.needs for job in plan.jobs}
+    wanted = {job.needs for job in plan.jobs if job.id not in finished} | {
+        job.id
+        for job in plan.jobs
+        if job.id not in needed  # a plan that ends in artifacts
+    }
     return {
         job.id
         for job in plan.jobs
@@ -103,12 +108,14 @@ class Driver:
         pool: Pool,
         kept: Path | None = None,
         cache: Path | None = None,
+        stop: threading.Event | None = None,
     ) -> None:
         """Gather what a run needs; nothing starts yet.
 
         Args:
             kept: the file of what earlier sweeps' jobs took, read for estimates and added to in the end; None is none.
             cache: a directory in which equal work of other sweeps is found; None is none.
+            stop: set when the run is to stop; None: the driver's own, `Driver.stop`.
         """
         self._sweep, self._plan, self._inputs, self._layout = sweep, plan, inputs, layout
         self._store, self._pool, self._kept, self._cache = store, pool, kept, cache
@@ -124,7 +131,7 @@ class Driver:
             if job.slice is not None:
                 self._slices.setdefault(job.whole.id, []).append(job)
         self._new_batch()
-        self.stop = threading.Event()
+        self.stop = stop or threading.Event()
 
     def run(self, view: View) -> Summary:
         """Run to the end.

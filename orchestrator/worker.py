@@ -156,7 +156,7 @@ class Worker:
         try:
             with PeakMemory(self._device.torch_device) as memory, fast_products(self._device.torch_device):
                 started = time.perf_counter()
-                outcome = self._quantize(payload) if payload["kind"] == "quantize" else self._evaluate(payload)
+                outcome = self._do(payload)
                 outcome["seconds"] = time.perf_counter() - started
         except Exception as error:
             if is_out_of_memory(error):
@@ -171,6 +171,9 @@ class Worker:
         if self._cache is not None and payload["kind"] == "evaluate":
             self._cache.put_outcome(payload["id"], self._device_kind, outcome)
         return self._facts.beside(outcome)
+
+    def _do(self, payload: Mapping[str, Any]) -> dict[str, Any]:
+        return self._quantize(payload) if payload["kind"] == "quantize" else self._evaluate(payload)
 
     @property
     def _device_kind(self) -> str:
