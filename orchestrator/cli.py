@@ -30,6 +30,21 @@ class _Path(click.Path):
 _PATH = _Path(path_type=Path)
 _SWEEP = click.argument("sweep_file", metavar="SWEEP.yaml", type=_PATH)
 _OUT = click.option("--out", type=_PATH, help="Output directory; outputs/<name> if not given.")
+_ADDRESS = click.option(
+    "--address",
+    help="HOST:PORT of a running Ray cluster to join. If not given: inside a submitted Ray job its own cluster, else a "
+    "local one is started.",
+)
+_WORKERS = click.option(
+    "--workers", type=click.IntRange(min=1), help="Number of workers, instead of workers.count of the file."
+)
+_CACHE = click.option(
+    "--cache",
+    metavar="DIR",
+    type=_PATH,
+    help="Directory in which sweeps find each other's equal work: artifacts, statistics and measured outcomes, by "
+    "content. Give the same DIR to sweeps that overlap, and only the first does what they share.",
+)
 _DIRECTORY = click.argument("directory", metavar="DIR", type=_PATH)
 
 
@@ -101,19 +116,9 @@ def plan(sweep_file: Path, out: Path | None, outline: bool) -> int:
 @bitatlas.command()
 @_SWEEP
 @_OUT
-@click.option(
-    "--address",
-    help="HOST:PORT of a running Ray cluster to join. If not given: inside a submitted Ray job its own cluster, else a "
-    "local one is started.",
-)
-@click.option("--workers", type=click.IntRange(min=1), help="Number of workers, instead of workers.count of the file.")
-@click.option(
-    "--cache",
-    metavar="DIR",
-    type=_PATH,
-    help="Directory in which sweeps find each other's equal work: artifacts, statistics and measured outcomes, by "
-    "content. Give the same DIR to sweeps that overlap, and only the first does what they share.",
-)
+@_ADDRESS
+@_WORKERS
+@_CACHE
 @click.option("--report/--no-report", default=True, help="Print the map and write the page at the end.")
 def run(
     sweep_file: Path, out: Path | None, address: str | None, workers: int | None, cache: Path | None, *, report: bool
@@ -208,7 +213,7 @@ def render(description: Path, to: Path) -> int:
 @click.argument("sweep_file", metavar="[SWEEP.yaml]", type=_PATH, required=False)
 @click.option("--out", type=_PATH, help="Directory in which the sweep will write; is it seen by every node?")
 @click.option("--address", help="HOST:PORT of a running Ray cluster, whose nodes are looked at too.")
-@click.option("--workers", type=click.IntRange(min=1), help="Number of workers, instead of workers.count of the file.")
+@_WORKERS
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list of findings: subject, found, remedy, fatal.")
 def doctor(
     sweep_file: Path | None, out: Path | None, address: str | None, workers: int | None, *, as_json: bool
@@ -227,12 +232,31 @@ def doctor(
 @bitatlas.command()
 @click.argument("search_file", metavar="SEARCH.yaml", type=_PATH)
 @_OUT
-def search(**_: Any) -> int:
-    """Search per-layer mixed bit-widths under a size budget (not in this version yet).
+@_ADDRESS
+@_WORKERS
+@_CACHE
+@click.option("--report/--no-report", default=True, help="Print the map and write the page at the end.")
+def search(
+    search_file: Path, out: Path | None, address: str | None, workers: int | None, cache: Path | None, *, report: bool
+) -> int:
+    """Search per-layer mixed bit-widths under a size budget, or go on with a search.
 
-    Every call ends with exit status 2; the sweep's grid is what this version can explore.
+    SEARCH.yaml is a sweep file with a section `search`: a bank (one method, several weight_bits), budgets in stored
+    bits per weight, and how long to search. Every linear is quantized once per choice; allocations of these variants
+    are then measured in memory by all workers, guided by an Optuna sampler; the best one on held-out windows is
+    quantized in sequence and evaluated in full, as a cell beside the uniform ones of `grid`. See docs/search.md.
+
+    \b
+      DIR/search/study.journal  every trial; `optuna-dashboard DIR/search/study.journal` shows it
+      DIR/search/trials, sensitivity  the same as Parquet
+      DIR/search/chosen.json    the allocations found, with their cells
+      DIR/atlas.html            the report, with the allocation of each layer
+
+    Ctrl-C or a crash loses at most the generation at work: the same command goes on.
     """
-    raise BitatlasError("search is not in this version yet; explore uniform bit-widths with `bitatlas run`")
+    from orchestrator.search.command import search_command
+
+    return search_command(search_file, out=out, address=address, workers=workers, cache=cache, report=report)
 
 
 @bitatlas.command()

@@ -53,7 +53,9 @@ def nearest(word: str, known: Iterator[str] | list[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
+    """A section of a file: unknown keys are refused, lists are tuples, nothing is converted."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     @model_validator(mode="before")
@@ -80,7 +82,7 @@ class _Strict(BaseModel):
         return json.dumps(self.model_dump(mode="json"), sort_keys=True)
 
 
-class ModelConfig(_Strict):
+class ModelConfig(Strict):
     """One model: a name for tables and a source for weights."""
 
     name: Name
@@ -88,7 +90,7 @@ class ModelConfig(_Strict):
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
 
 
-class CalibrationConfig(_Strict):
+class CalibrationConfig(Strict):
     """Which tokens calibrate: `samples` windows of `sequence_length` tokens, drawn by `seed`."""
 
     corpus: CorpusField
@@ -97,7 +99,7 @@ class CalibrationConfig(_Strict):
     seed: int = Field(default=0, ge=0)
 
 
-class PerplexityConfig(_Strict):
+class PerplexityConfig(Strict):
     """Perplexity on the first `max_windows` windows of a corpus (None: all); `joiner` None is the corpus's own."""
 
     corpus: CorpusField
@@ -127,7 +129,7 @@ class PerplexityConfig(_Strict):
         return protocol(Corpus.parse(self.corpus), self.cut)
 
 
-class TaskConfig(_Strict):
+class TaskConfig(Strict):
     """An lm-eval task; `limit` items (None: all), `num_fewshot` shots (None: the task's own), cut into `slices`.
 
     With `chat`, prompts are conversations by the model's chat template, in that thinking mode; a thought may take
@@ -158,7 +160,7 @@ class TaskConfig(_Strict):
         return self
 
 
-class EvaluationConfig(_Strict):
+class EvaluationConfig(Strict):
     """What every cell is measured on; a suite is read as the tasks that it stands for."""
 
     perplexity: tuple[PerplexityConfig, ...] = ()
@@ -199,7 +201,7 @@ class EvaluationConfig(_Strict):
         return self
 
 
-class WorkersConfig(_Strict):
+class WorkersConfig(Strict):
     """Who works: one worker per device; on CPU one core and `threads` torch threads each."""
 
     device: Literal["auto", "cpu", "cuda", "npu", "simulated-npu"] = "auto"
@@ -221,7 +223,7 @@ def _as_tuple(value: Any) -> Any:
     return value if isinstance(value, tuple) else (value,)
 
 
-class Sweep(_Strict):
+class Sweep(Strict):
     """A whole sweep file, lists expanded: the unquantized cell of every model is always run beside `grid`."""
 
     name: Name
@@ -324,6 +326,8 @@ def parse_sweep(document: Any, file: str) -> Sweep:
         raise BitatlasError(
             f"{file} holds a {type(document).__name__}, not a mapping of name, models, grid and evaluation"
         )
+    if "search" in document:
+        raise BitatlasError(f"{file} is a search file (it has a section search); run it with `bitatlas search`")
     document = dict(document)
     if isinstance(document.get("grid"), list):
         document["grid"] = [

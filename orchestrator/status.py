@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from orchestrator.errors import BitatlasError
 from orchestrator.facts import FACTS
 from orchestrator.layout import Layout
 from orchestrator.schema import EVENTS
+from orchestrator.search.told import search_lines
 from orchestrator.store import read_table
 from orchestrator.view import clock
 
@@ -48,6 +49,7 @@ class Progress:
         state: of the latest session, in words.
         left: what is left of the time, in words; empty where none can be told.
         is_over: whether the latest session has ended; one whose driver was killed has not.
+        search: lines on the search that the sweep belongs to.
     """
 
     name: str
@@ -60,6 +62,7 @@ class Progress:
     state: str
     left: str
     is_over: bool
+    search: Sequence[str] = ()
 
     @property
     def headline(self) -> str:
@@ -83,7 +86,7 @@ def read_progress(directory: Path) -> Progress:
     events = read_table(directory, EVENTS, ["sweep", *_COLUMNS])
     names = events["sweep"].unique().drop_null()  # told by any event; reading a large sweep file takes a second
     name = str(names[0]) if len(names) else read_sweep(layout.sweep).name
-    return progress_of(name, events, datetime.now(UTC))
+    return replace(progress_of(name, events, datetime.now(UTC)), search=search_lines(directory))
 
 
 def progress_of(name: str, events: pa.Table, now: datetime) -> Progress:
@@ -166,13 +169,14 @@ def watch_status(directory: Path, console: Console) -> int:
 
 def _parts(progress: Progress) -> Iterator[RenderableType]:
     yield Text(progress.headline)
+    yield from map(Text, progress.search)
     yield from _running(progress)
     yield from _troubles(progress)
 
 
 def _screen(progress: Progress) -> RenderableType:
     """The same, with a bar and what ended last, and no longer than a screen."""
-    parts: list[RenderableType] = [Text(progress.headline)]
+    parts: list[RenderableType] = [Text(progress.headline), *map(Text, progress.search)]
     if progress.total:
         bar = ProgressBar(total=progress.total, completed=min(progress.done, progress.total), width=60)
         parts += [bar, Text()]  # the bar does not end its line

@@ -48,6 +48,7 @@ def variant_labels(cells: Sequence[Cell]) -> dict[CellKey, str]:
     for method in dict.fromkeys(cell.method for cell in cells):
         family = [cell for cell in cells if cell.method == method]
         options = _varying([cell.options for cell in family], where_absent=False)
+        options = [name for name in options if name != "layers"]
         # A cell without calibration data is one that needs none; it varies in nothing.
         calibration = _varying([cell.calibration for cell in family if cell.calibration])
         for cell in family:
@@ -58,6 +59,8 @@ def variant_labels(cells: Sequence[Cell]) -> dict[CellKey, str]:
                 parts.append(f"g{cell.group_size}" if cell.group_size else "per-channel")
             if len(symmetries) > 1 and cell.symmetric is not None and not cell.is_fp:
                 parts.append("sym" if cell.symmetric else "asym")
+            if cell.options.get("layers"):  # by its size: names of all layers are in the section on the search
+                parts.append(f"mixed {bits(cell.decoder_bits_per_weight)} bits")
             parts += [f"{name}={_scalar(cell.options[name])}" for name in options if name in cell.options]
             parts += [f"{name}={_scalar(cell.calibration[name])}" for name in calibration if name in cell.calibration]
             labels[cell.key] = " ".join(parts)

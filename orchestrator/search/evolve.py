@@ -1,8 +1,8 @@
 """The search itself, on an Optuna study: generations of trials in stages, more tokens for fewer of them.
 
-Of each generation all trials are measured on few windows, the best of them on more, and the last one on all: that one
-is a complete trial and may become the parent, the others are pruned. Tokens that decide between good allocations are
-then spent on good ones. Source: Sieberling et al. 2024 (EvoPress), arXiv:2410.14649, section 3.2.
+Of each generation all trials are measured on few windows, the best of them on more, and the last ones on all: those are
+complete trials and may become parents, the others are pruned. Tokens that decide between good allocations are then
+spent on good ones. Source: Sieberling et al. 2024 (EvoPress), arXiv:2410.14649, section 3.2.
 """
 
 from __future__ import annotations
@@ -34,56 +34,71 @@ class Stage:
     survivors: int
 
 
-def begin(study: optuna.Study, space: Space, measure: Measure, windows: int) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Ended:
+    """A trial that the study was told of.
+
+    Args:
+        state: complete, pruned or failed.
+        loss: over its `windows`.
+    """
+
+    number: int
+    allocation: Allocation
+    state: str
+    loss: float
+    windows: int
+
+
+def begin(study: optuna.Study, space: Space, measure: Measure, windows: int) -> list[Ended]:
     """Measure the first trial, the sampler's start, on all windows: what follows can only be better than that.
 
     Does nothing where a study that goes on has complete trials.
     """
     if study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
-        return
-    trial = study.ask(distributions(space))
-    (loss,) = measure([allocation_of(space, trial.params)], windows)
-    _complete(study, space, [(trial, loss)])
+        return []
+    return generation(study, space, measure, offspring=1, stages=[Stage(windows=windows, survivors=1)])
 
 
 def generation(
     study: optuna.Study, space: Space, measure: Measure, *, offspring: int, stages: Sequence[Stage]
-) -> Allocation | None:
-    """Ask for trials, measure them in stages, tell the study; the best complete one of these.
+) -> list[Ended]:
+    """Ask for trials, measure them in stages, then tell the study: a driver that is killed meanwhile leaves trials that
+    were never told, and no half of a generation.
 
     Args:
         offspring: how many trials.
         stages: with rising windows and falling survivors.
-    Returns:
-        its allocation, or None where no loss was a number.
     """
     trials = [study.ask(distributions(space)) for _ in range(offspring)]
+    decided: list[tuple[Trial, float, int, bool]] = []
     for number, stage in enumerate(stages):
         losses = measure([allocation_of(space, trial.params) for trial in trials], stage.windows)
         ranked = sorted(zip(trials, losses, strict=True), key=lambda pair: (math.isnan(pair[1]), pair[1]))
-        for trial, loss in ranked:
-            trial.set_user_attr(f"loss_{stage.windows}", loss)
-        if number == len(stages) - 1:
-            return _complete(study, space, ranked)
-        for trial, _ in ranked[stage.survivors :]:
-            study.tell(trial, state=TrialState.PRUNED)
-        trials = [trial for trial, _ in ranked[: stage.survivors]]
-    return None
+        keep = 0 if number == len(stages) - 1 else stage.survivors
+        decided += [(trial, loss, stage.windows, keep == 0) for trial, loss in ranked[keep:]]
+        trials = [trial for trial, _ in ranked[:keep]]
+    return [_end(study, space, trial, loss, windows, complete=complete) for trial, loss, windows, complete in decided]
 
 
-def _complete(study: optuna.Study, space: Space, ranked: Sequence[tuple[Trial, float]]) -> Allocation | None:
-    for trial, loss in ranked:
-        if math.isnan(loss):
-            study.tell(trial, state=TrialState.FAIL)
-        else:
-            study.tell(trial, loss)
-    best, loss = ranked[0]
-    return None if math.isnan(loss) else allocation_of(space, best.params)
+def _end(study: optuna.Study, space: Space, trial: Trial, loss: float, windows: int, *, complete: bool) -> Ended:
+    """Tell the study; a loss that is no number is a failed trial, and one on few windows no value of the objective."""
+    trial.set_user_attr("windows", windows)
+    if math.isnan(loss):
+        study.tell(trial, state=TrialState.FAIL)
+        state = "failed"
+    elif complete:
+        study.tell(trial, loss)
+        state = "complete"
+    else:
+        trial.set_user_attr("loss", loss)
+        study.tell(trial, state=TrialState.PRUNED)
+        state = "pruned"
+    allocation = allocation_of(space, trial.params)
+    return Ended(number=trial.number, allocation=allocation, state=state, loss=loss, windows=windows)
 
 
-def abandon_unfinished(study: optuna.Study) -> int:
-    """After a driver was killed: trials that were asked for and never told are failed ones; how many there were."""
-    unfinished = study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.WAITING))
-    for trial in unfinished:
-        study.tell(trial.number, state=TrialState.FAIL)
-    return len(unfinished)
+def best_complete(study: optuna.Study) -> optuna.trial.FrozenTrial | None:
+    """The complete trial of the least loss, the first of equals."""
+    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    return min(complete, key=lambda trial: (trial.value, trial.number), default=None)

@@ -16,12 +16,20 @@ from orchestrator.errors import BitatlasError
 from orchestrator.search.space import Allocation, Space
 
 
-def solve(space: Space, losses: Sequence[Sequence[float]], budget_bytes: int) -> Allocation:
+def solve(
+    space: Space,
+    losses: Sequence[Sequence[float]],
+    budget_bytes: int,
+    *,
+    about: Allocation | None = None,
+    most_changes: int | None = None,
+) -> Allocation:
     """The allocation of the least sum of losses that fits the budget.
 
     Args:
         losses: of each group, of each of its choices; finite.
         budget_bytes: the most that may be stored; at least that of `space.least`.
+        about: an allocation that fits; with `most_changes`, no more groups differ from it.
     Raises:
         BitatlasError: a loss is not finite, or nothing fits.
     """
@@ -32,11 +40,16 @@ def solve(space: Space, losses: Sequence[Sequence[float]], budget_bytes: int) ->
     owners = np.repeat(np.arange(len(space.groups)), [len(group.choices) for group in space.groups])
     one_each = coo_array((np.ones(len(owners)), (owners, np.arange(len(owners)))))
     # Numbers of ordinary size: solvers have absolute tolerances. Bytes are counted beyond the least, in kilobytes.
+    constraints = [LinearConstraint(one_each, 1, 1), LinearConstraint(sizes[None] / 1024.0, ub=budget_bytes / 1024.0)]
+    if about is not None and most_changes is not None:
+        starts = np.searchsorted(owners, np.arange(len(space.groups)))
+        kept = np.zeros(len(costs))
+        kept[starts + np.array(about)] = 1
+        constraints.append(LinearConstraint(kept[None], lb=len(space.groups) - most_changes))
     spread = float(np.abs(costs).max()) or 1.0
-    unit = 1024.0
     outcome = milp(
         costs / spread,
-        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(sizes[None] / unit, ub=budget_bytes / unit)],
+        constraints=constraints,
         integrality=np.ones(len(costs)),
         bounds=Bounds(0, 1),
         options={"mip_rel_gap": 0.0},

@@ -1,71 +1,186 @@
-"""How far an allocation's model is from the float one: the divergence on some windows, with everything in memory.
+"""How far a mixed model is from the float one: losses on some windows, with everything in memory.
 
-The float model's most likely tokens are recorded once; then only the linears that an allocation changes are decoded,
-and each probe is one pass over its windows.
+The float model's most likely tokens are known; of a probe only the linears that differ from the last one are decoded,
+and of its forward pass only the blocks from the first one on that differs from a base whose hidden states are kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from orchestrator.search.space import Allocation, Space
+import numpy as np
+import torch
+
+from evaluators.divergence import Comparison
+from evaluators.head import hidden_states, split, token_log_probabilities
+from evaluators.perplexity import window_tokens
+from orchestrator.search.space import Space
+from quantizers.bank import Bank, Variant
+from quantizers.families import blocks_of, family_of
 
 if TYPE_CHECKING:
-    import numpy as np
+    from collections.abc import Callable
+
     from numpy.typing import NDArray
+    from torch import Tensor
 
     from evaluators.divergence import TopTokens
-    from quantizers.bank import Bank, Variant
 
-    Key = tuple[int, int]
-    Variants = Mapping[str, Mapping[Key, Variant]]
+Key = tuple[int, int]
+"""(weight_bits, group_size)."""
+Mixture = tuple[int | None, ...]
+"""Of each group the index of its choice, or None for its float weights: an allocation is one without None."""
+
+_PREFIX_BYTES = 4 << 30
+
+
+class WindowLoss(NamedTuple):
+    """Means over the predicted tokens of a window, in nats: KL(float || mixture), and the negative log-likelihood."""
+
+    divergence: float
+    nll: float
 
 
 class Probe:
-    """Measures allocations of one model."""
+    """Measures mixtures of one model, and gives it back as it was."""
 
-    def __init__(self, model: Any, space: Space, variants: Variants, windows: NDArray[np.int64]) -> None:
-        """Record what the float model finds likely.
+    def __init__(
+        self,
+        model: Any,
+        space: Space,
+        variants: Mapping[str, Mapping[Key, Variant]],
+        windows: NDArray[np.int64],
+        reference: Callable[[int], TopTokens],
+        *,
+        prefix_bytes: int = _PREFIX_BYTES,
+    ) -> None:
+        """Take a model with its float weights in place.
 
         Args:
-            model: a transformers causal LM with its float weights; the probe owns it from now on.
-            space: whose allocations are measured.
+            model: a transformers causal LM; nobody else changes its weights until `close`.
+            space: whose groups and choices mixtures speak of.
             variants: linear -> (weight_bits, group_size) -> as it is stored; one for each choice of its group.
-            windows: int64 [W, T], which calibration did not see.
+            windows: int64 [W, T], whole ones.
+            reference: window -> what the float model finds likely there.
+            prefix_bytes: the most that hidden states of a base may take; windows beyond that are run whole.
         """
-        from evaluators.divergence import Recorder
-        from evaluators.perplexity import perplexity, window_tokens
-        from quantizers.bank import Bank
-
-        self._model, self._space, self._windows = model, space, windows
+        self._parts = split(model)
+        family = family_of(model)
+        self._blocks = blocks_of(model, family)
+        self._space, self._windows, self._reference = space, windows, reference
         self._tokens = window_tokens(windows)
-        self._reference: list[TopTokens] = []
-        recorder = Recorder(self._tokens, lambda _, found: self._reference.append(found))
-        self.float_perplexity = perplexity(model, windows, observe=recorder).perplexity
         self._bank: Bank[Key] = Bank(model, variants)
+        self._first_block = [_block_of(group.linears[0], family.blocks) for group in space.groups]
+        self._base: Mixture | None = None
+        self._prefixes: dict[int, list[Tensor]] = {}  # of the base: window -> hidden states before each block
+        self._prefix_bytes, self._held_bytes = prefix_bytes, 0
 
-    def divergence(self, allocation: Allocation, *, first: int = 0, count: int | None = None) -> float:
-        """KL(float || allocation) in nats, averaged over the tokens of `count` windows from the `first` one on."""
-        return self._of(self._choice(allocation), first, count)
+    def close(self) -> None:
+        """Put the float weights back."""
+        self._bank.apply({})
+        self._prefixes.clear()
 
-    def divergence_of_one(self, place: int, index: int, base: Allocation | None, *, count: int | None = None) -> float:
-        """The same with one group's choice in an otherwise float model (`base` None) or on top of an allocation."""
-        choice = {} if base is None else self._choice(base)
-        one = self._space.groups[place]
-        found = one.choices[index]
-        return self._of(choice | dict.fromkeys(one.linears, (found.weight_bits, found.group_size)), 0, count)
+    @torch.inference_mode()
+    def losses(self, mixture: Mixture, windows: Sequence[int], *, base: Mixture | None = None) -> list[WindowLoss]:
+        """Measure one mixture.
 
-    def _choice(self, allocation: Allocation) -> dict[str, Key]:
-        pairs = zip(self._space.groups, self._space.choices(allocation), strict=True)
-        return {name: (choice.weight_bits, choice.group_size) for group, choice in pairs for name in group.linears}
+        Args:
+            windows: indices of windows.
+            base: a mixture that it shares its first blocks with, and others after it will; None runs all blocks. What
+                is measured is the same to the bit.
+        """
+        start = 0
+        if base is not None:
+            start = self._shared_blocks(mixture, base)
+            if start:
+                self._keep(base, windows)
+        self._apply(mixture)
+        return [self._loss(window, start if window in self._prefixes else 0) for window in windows]
 
-    def _of(self, choice: Mapping[str, Key], first: int, count: int | None) -> float:
-        from evaluators.divergence import Comparison
-        from evaluators.perplexity import perplexity
+    def _shared_blocks(self, mixture: Mixture, base: Mixture) -> int:
+        """How many blocks from the first on are the same."""
+        triples = zip(self._first_block, mixture, base, strict=True)
+        return min((block for block, one, other in triples if one != other), default=len(self._blocks))
 
+    def _keep(self, base: Mixture, windows: Sequence[int]) -> None:
+        """Have the base's hidden states of these windows, as far as there is room."""
+        if base != self._base:
+            self._prefixes.clear()
+            self._base, self._held_bytes = base, 0
+        missing = [window for window in windows if window not in self._prefixes]
+        if not missing or self._held_bytes >= self._prefix_bytes:
+            return
+        self._apply(base)
+        for window in missing:
+            if self._held_bytes >= self._prefix_bytes:
+                return
+            with self._recorded() as hidden:
+                self._forward(window)
+            self._prefixes[window] = hidden
+            self._held_bytes += sum(states.nbytes for states in hidden)
+
+    def _apply(self, mixture: Mixture) -> None:
+        choice: dict[str, Key | None] = {}
+        for group, index in zip(self._space.groups, mixture, strict=True):
+            if index is not None:
+                found = group.choices[index]
+                choice |= dict.fromkeys(group.linears, (found.weight_bits, found.group_size))
         self._bank.apply(choice)
-        part = slice(first, None if count is None else first + count)
-        comparison = Comparison(self._tokens[part], self._reference[part].__getitem__)
-        perplexity(self._model, self._windows[part], observe=comparison)
-        return comparison.result().kl_divergence
+
+    def _loss(self, window: int, start: int) -> WindowLoss:
+        with self._begun(window, start):
+            hidden_NH = self._forward(window)
+        comparison = Comparison([self._tokens[window]], lambda _: self._reference(window))
+        ids_N = torch.tensor(self._windows[window, 1:])
+        log_probabilities, _ = token_log_probabilities(
+            self._parts, hidden_NH, ids_N.to(self._parts.device), observe=comparison
+        )
+        (divergence,) = comparison.result().window_kls
+        return WindowLoss(divergence, float(-log_probabilities.cpu().double().mean()))
+
+    def _forward(self, window: int) -> Tensor:
+        """Hidden states [T - 1, H] of all positions that have a token after them."""
+        ids_BT = torch.tensor(self._windows[window : window + 1]).to(self._parts.device)
+        return hidden_states(self._parts, ids_BT)[0, :-1]
+
+    @contextmanager
+    def _recorded(self) -> Iterator[list[Tensor]]:
+        """What goes into each block, and out of the last one, of the forward pass within."""
+        hidden: list[Tensor] = []
+        with ExitStack() as undo:
+            for block in self._blocks:
+                hook = block.register_forward_pre_hook(lambda _, inputs: hidden.append(inputs[0]))
+                undo.callback(hook.remove)
+            last = self._blocks[-1].register_forward_hook(lambda _module, _inputs, output: hidden.append(output))
+            undo.callback(last.remove)
+            yield hidden
+
+    @contextmanager
+    def _begun(self, window: int, start: int) -> Iterator[None]:
+        """Of the forward pass within, the first `start` blocks do nothing, and the last of them gives what is kept.
+
+        A block's own `forward` is covered, so that its other attributes, which decoders ask for, stay what they are.
+        """
+        if not start:
+            yield
+            return
+        kept = self._prefixes[window][start]
+        with ExitStack() as undo:
+            for index, block in enumerate(self._blocks[:start]):
+                value = kept if index == start - 1 else None
+                block.forward = _passing(value)
+                undo.callback(delattr, block, "forward")
+            yield
+
+
+def _passing(value: Tensor | None) -> Callable[..., Tensor]:
+    def forward(hidden_states: Tensor, *_: object, **__: object) -> Tensor:
+        return hidden_states if value is None else value
+
+    return forward
+
+
+def _block_of(linear: str, blocks: str) -> int:
+    return int(linear.removeprefix(f"{blocks}.").partition(".")[0])

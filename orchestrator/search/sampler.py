@@ -7,7 +7,7 @@ study is all of its memory, so that a search goes on where it was killed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from random import Random
 from typing import Any
 
@@ -17,7 +17,7 @@ from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
 
 from orchestrator.search.space import Allocation, Space
-from orchestrator.search.switches import mutated
+from orchestrator.search.switches import Losses, fitted, mutated, random_allocation
 
 _TRIES = 20  # to find an allocation that was not asked for yet
 
@@ -26,7 +26,14 @@ class LevelSwitchSampler(BaseSampler):  # type: ignore[misc]  # optuna is not fo
     """Level switches from the best complete trial; the first trial is the start, usually the knapsack's solution."""
 
     def __init__(
-        self, space: Space, budget_bytes: int, *, start: Allocation, seed: int = 0, most_switches: int = 3
+        self,
+        space: Space,
+        budget_bytes: int,
+        *,
+        start: Allocation,
+        seed: int = 0,
+        most_switches: int = 3,
+        losses: Losses | None = None,
     ) -> None:
         """Begin.
 
@@ -36,13 +43,14 @@ class LevelSwitchSampler(BaseSampler):  # type: ignore[misc]  # optuna is not fo
             start: within the budget.
             seed: the same trials are asked for, as long as the same values are told.
             most_switches: groups that give way at once.
+            losses: of single choices, which guide chance; None leaves it alone.
         Raises:
             ValueError: the start does not fit the budget.
         """
         if space.stored_bytes(start) > budget_bytes:
             raise ValueError(f"the start takes {space.stored_bytes(start)} bytes, the budget is {budget_bytes}")
         self._space, self._budget_bytes, self._start = space, budget_bytes, start
-        self._seed, self._most_switches = seed, most_switches
+        self._seed, self._most_switches, self._losses = seed, most_switches, losses
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """One whole number per group that has a choice."""
@@ -64,7 +72,14 @@ class LevelSwitchSampler(BaseSampler):  # type: ignore[misc]  # optuna is not fo
         chance, known = Random(f"{self._seed} {trial.number}"), set(asked)
         child = parent
         for _ in range(_TRIES):
-            child = mutated(self._space, child, self._budget_bytes, chance, most_switches=self._most_switches)
+            child = mutated(
+                self._space,
+                child,
+                self._budget_bytes,
+                chance,
+                most_switches=self._most_switches,
+                losses=self._losses,
+            )
             if child not in known:
                 break
         return params_of(self._space, child)
@@ -73,6 +88,64 @@ class LevelSwitchSampler(BaseSampler):  # type: ignore[misc]  # optuna is not fo
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
         """Parameters of no group are not this sampler's.
+
+        Raises:
+            ValueError: always; names the parameter.
+        """
+        del study, trial, param_distribution
+        raise ValueError(f"{param_name} is no group of the space that is searched")
+
+
+class Within(BaseSampler):  # type: ignore[misc]
+    """Another sampler's proposals, made to fit a budget: those that know of no budget propose what does not fit.
+
+    What is too much is taken from groups by chance, what is left is spent by chance, and the trial has the parameters
+    that are then measured, so that the other sampler learns from what was.
+    """
+
+    def __init__(self, inner: BaseSampler, space: Space, budget_bytes: int, *, seed: int = 0) -> None:
+        """Begin.
+
+        Args:
+            inner: proposes whole numbers, one per group.
+        """
+        self._inner, self._space, self._budget_bytes, self._seed = inner, space, budget_bytes, seed
+
+    def reseed_rng(self) -> None:
+        """The other sampler's."""
+        self._inner.reseed_rng()
+
+    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        """One whole number per group that has a choice."""
+        self._inner.infer_relative_search_space(study, trial)  # it may keep something for `sample_relative`
+        return distributions(self._space)
+
+    def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
+        """The other sampler's."""
+        self._inner.before_trial(study, trial)
+
+    def after_trial(
+        self, study: optuna.Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None
+    ) -> None:
+        """The other sampler's."""
+        self._inner.after_trial(study, trial, state, values)
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """Its proposal, within the budget; where it has none yet, an allocation by chance."""
+        chance = Random(f"{self._seed} {trial.number}")
+        proposed = self._inner.sample_relative(study, trial, search_space)
+        if len(proposed) < len(search_space):
+            return params_of(self._space, random_allocation(self._space, self._budget_bytes, chance))
+        return params_of(
+            self._space, fitted(self._space, allocation_of(self._space, proposed), self._budget_bytes, chance)
+        )
+
+    def sample_independent(
+        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        """Parameters of no group are not searched.
 
         Raises:
             ValueError: always; names the parameter.

@@ -214,9 +214,11 @@ def test_bad_usage(invoke, arguments, words):
     refused(invoke(*arguments), words)
 
 
-def test_what_is_not_in_this_version_says_so(invoke, tmp_path):
-    one_line(refused(invoke("search", "x.yaml"), "is not in this version yet"))
-    assert files_in(tmp_path) == []
+def test_a_sweep_file_is_no_search_file(invoke, write_sweep, tmp_path):
+    file = write_sweep()
+    before = files_in(tmp_path)
+    one_line(refused(invoke("search", file), "search is missing", "`bitatlas run` runs a sweep file"))
+    assert files_in(tmp_path) == before
 
 
 def test_fetch_refuses_a_directory_of_something_else(invoke, write_sweep, tmp_path):

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from orchestrator.atlas.expected import expected_tasks
 from orchestrator.config import parse_sweep, read_sweep, resolved
 from orchestrator.errors import BitatlasError
+from orchestrator.search.config import read_search
 
 MODEL = {"name": "tiny", "source": "somewhere/tiny"}
 RTN = {"method": "rtn", "weight_bits": 4}
@@ -278,7 +279,15 @@ def test_the_packaged_sweeps_are_valid():
     files = sorted((Path(orchestrator.__file__).parent / "sweeps").glob("*.yaml"))
     assert files
     for file in files:
-        read_sweep(file)
+        if file.name.startswith("search-"):
+            assert read_search(file).settings.budgets
+        else:
+            read_sweep(file)
+
+
+def test_a_search_file_is_pointed_to_its_command(make_sweep):
+    with pytest.raises(BitatlasError, match="is a search file .* run it with `bitatlas search`"):
+        make_sweep(search={"bank": {}})
 
 
 def test_a_suite_stands_for_its_tasks(make_sweep):

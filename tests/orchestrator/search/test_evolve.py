@@ -4,10 +4,9 @@ import math
 
 import optuna
 import pytest
-from optuna.trial import TrialState
 
-from orchestrator.search.evolve import Stage, abandon_unfinished, begin, generation
-from orchestrator.search.sampler import LevelSwitchSampler, distributions
+from orchestrator.search.evolve import Stage, begin, best_complete, generation
+from orchestrator.search.sampler import LevelSwitchSampler
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 STAGES = [Stage(windows=1, survivors=4), Stage(windows=4, survivors=2), Stage(windows=16, survivors=1)]
@@ -43,11 +42,18 @@ def states(study):
 
 def test_more_windows_for_fewer_trials(study, space):
     measure = Measure()
-    best = generation(study, space, measure, offspring=8, stages=STAGES)
+    ended = generation(study, space, measure, offspring=8, stages=STAGES)
     assert measure.asked == [(8, 1), (4, 4), (2, 16)]
     assert sorted(states(study)) == ["COMPLETE"] * 2 + ["PRUNED"] * 6
-    assert study.best_value == measure.loss(best)
-    assert {key for trial in study.trials for key in trial.user_attrs} == {"loss_1", "loss_4", "loss_16"}
+    best = min(ended, key=lambda one: (-one.windows, one.loss))
+    assert study.best_value == best.loss == measure.loss(best.allocation)
+    assert best_complete(study).number == best.number
+    assert [(one.state, one.windows) for one in ended] == [("pruned", 1)] * 4 + [("pruned", 4)] * 2 + [
+        ("complete", 16)
+    ] * 2
+    for one in ended:
+        attrs = study.trials[one.number].user_attrs
+        assert attrs == {"windows": one.windows} | ({"loss": one.loss} if one.state == "pruned" else {})
 
 
 def test_it_never_loses_what_it_had(study, space):
@@ -76,20 +82,11 @@ def test_a_loss_that_is_no_number_never_wins(study, space):
 
     generation(study, space, broken, offspring=6, stages=STAGES)
     assert study.best_value == 5.0
-    assert states(study).count("FAIL") == 1
+    assert states(study).count("FAIL") == 5
 
     def hopeless(allocations, windows):
         return [math.nan] * len(allocations)
 
-    assert generation(study, space, hopeless, offspring=6, stages=STAGES) is None
+    ended = generation(study, space, hopeless, offspring=6, stages=STAGES)
+    assert [one.state for one in ended if one.windows == 16] == ["failed", "failed"]
     assert study.best_value == 5.0
-
-
-def test_trials_of_a_killed_driver_are_given_up(study, space):
-    begin(study, space, Measure(), 16)
-    for _ in range(3):
-        study.ask(distributions(space))
-    assert abandon_unfinished(study) == 3
-    assert states(study) == ["COMPLETE"] + ["FAIL"] * 3
-    assert generation(study, space, Measure(), offspring=4, stages=STAGES[2:]) is not None
-    assert study.get_trials(states=(TrialState.RUNNING,)) == []

@@ -1,10 +1,9 @@
-"""Probes on the small trained openPangu: against the same allocations as artifacts; and a whole search in small."""
+"""Probes on the small trained openPangu: against the same allocations as artifacts; with prefix reuse and without."""
 
 import functools
 from pathlib import Path
 from random import Random
 
-import optuna
 import pytest
 import torch
 
@@ -13,11 +12,7 @@ from evaluators.divergence import Comparison, Recorder
 from evaluators.perplexity import perplexity, window_tokens
 from orchestrator.models.loading import load_model, load_tokenizer
 from orchestrator.scheme import parse_scheme
-from orchestrator.search.evolve import Stage, begin, generation
-from orchestrator.search.knapsack import solve
 from orchestrator.search.probe import Probe
-from orchestrator.search.sampler import LevelSwitchSampler, allocation_of
-from orchestrator.search.sensitivity import sensitivities
 from orchestrator.search.space import make_space
 from orchestrator.search.switches import random_allocation
 from quantizers.apply import StoredBlock, installed
@@ -26,7 +21,6 @@ from quantizers.stream import linears_of, quantize_blocks
 
 TINY = Path(__file__).parents[2] / "assets" / "openpangu-tiny"
 BITS = (2, 3, 4, 8)
-optuna.logging.set_verbosity(optuna.logging.ERROR)
 
 
 class Case:
@@ -36,7 +30,7 @@ class Case:
         schemes = [parse_scheme({"method": "rtn", "weight_bits": bits, "group_size": 64}, "bank") for bits in BITS]
         self.space = make_space(linears_of(model), schemes)
         self.windows = evaluation_windows(
-            Corpus(name="boolq-passages"), load_tokenizer(TINY), sequence_length=128, max_windows=24
+            Corpus(name="boolq-passages"), load_tokenizer(TINY), sequence_length=64, max_windows=6
         )
         self.stored = {}
         for scheme in schemes:
@@ -59,13 +53,20 @@ class Case:
         return StoredBlock(linears=linears)
 
     def by_artifact(self, allocation, places, windows):
-        """The divergence as a sweep measures it."""
+        """(divergence, nll) of each window as a sweep measures them."""
         model, tokens, reference = load_model(TINY), window_tokens(windows), []
         perplexity(model, windows, observe=Recorder(tokens, lambda _, found: reference.append(found)))
         comparison = Comparison(tokens, reference.__getitem__)
         with installed(model, [self.block(allocation, places)]):
-            perplexity(model, windows, observe=comparison)
-        return comparison.result().kl_divergence
+            result = perplexity(model, windows, observe=comparison)
+        return list(zip(comparison.result().window_kls, result.window_nlls, strict=True))
+
+    def probe(self, **settings):
+        """With the float model's most likely tokens recorded."""
+        model, reference = load_model(TINY), []
+        recorder = Recorder(window_tokens(self.windows), lambda _, found: reference.append(found))
+        perplexity(model, self.windows, observe=recorder)
+        return Probe(model, self.space, self.variants, self.windows, reference.__getitem__, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -75,54 +76,68 @@ def case():
 
 @pytest.fixture(scope="module")
 def probe(case):
-    return Probe(load_model(TINY), case.space, case.variants, case.windows)
+    return case.probe()
+
+
+def drawn(case, seed):
+    return random_allocation(case.space, case.space.budget(3.6, "budget"), Random(seed))
 
 
 def test_it_measures_what_a_sweep_would(case, probe):
+    everything = range(len(case.space.groups))
     for seed in range(2):
-        allocation = random_allocation(case.space, case.space.budget(3.6, "budget"), Random(seed))
-        everything = range(len(case.space.groups))
-        assert probe.divergence(allocation) == case.by_artifact(allocation, everything, case.windows)
-        assert probe.divergence(allocation, first=4, count=6) == case.by_artifact(
-            allocation, everything, case.windows[4:10]
-        )
+        allocation = drawn(case, seed)
+        assert probe.losses(allocation, range(2, 4)) == case.by_artifact(allocation, everything, case.windows[2:4])
 
 
-def test_one_group_alone_and_on_top_of_others(case, probe):
-    least = case.space.least
-    assert probe.divergence_of_one(5, 0, None, count=4) == case.by_artifact(least, [5], case.windows[:4])
-    fours = (2,) * len(least)
-    changed = (*fours[:5], 0, *fours[6:])
-    assert probe.divergence_of_one(5, 0, fours, count=4) == probe.divergence(changed, count=4)
+def test_one_group_alone_in_the_float_model(case, probe):
+    alone = tuple(0 if place == 5 else None for place in range(len(case.space.groups)))
+    assert probe.losses(alone, range(2)) == case.by_artifact(case.space.least, [5], case.windows[:2])
+    nothing = (None,) * len(case.space.groups)
+    assert all(loss.divergence == pytest.approx(0, abs=1e-6) for loss in probe.losses(nothing, range(2)))
+
+
+@pytest.mark.parametrize("prefix_bytes", [1 << 30, 100_000, 0])
+def test_blocks_that_a_base_has_run_already_change_nothing(case, probe, prefix_bytes):
+    """To the bit: with all prefixes kept, with room for some windows alone, and with none."""
+    reusing = case.probe(prefix_bytes=prefix_bytes)
+    base = drawn(case, 0)
+    for place in (0, 9, len(base) - 1):
+        changed = (*base[:place], 3, *base[place + 1 :])
+        assert reusing.losses(changed, range(4), base=base) == probe.losses(changed, range(4))
+    assert reusing.losses(base, range(4), base=base) == probe.losses(base, range(4))
+    other = drawn(case, 1)
+    assert reusing.losses(base, range(4), base=other) == probe.losses(base, range(4))
+
+
+def test_only_blocks_from_the_change_on_are_run(case):
+    probe = case.probe()
+    base = (None,) * len(case.space.groups)
+    ran = []
+    for number, block in enumerate(probe._blocks):
+        block.mlp.register_forward_hook(lambda *_, number=number: ran.append(number))
+    last = len(probe._blocks) - 1
+    place = next(place for place, block in enumerate(probe._first_block) if block == last)
+    probe.losses((*base[:place], 0, *base[place + 1 :]), [0], base=base)
+    assert ran == [*range(last + 1), last]  # the base once, then the last block alone
+    ran.clear()
+    probe.losses((*base[:place], 1, *base[place + 1 :]), [0], base=base)
+    assert ran == [last]
+
+
+def test_the_model_is_given_back_as_it_was(case):
+    probe = case.probe()
+    before = probe.losses((None,) * len(case.space.groups), [0])
+    probe.losses(case.space.least, [0], base=case.space.most)
+    probe.close()
+    assert probe.losses((None,) * len(case.space.groups), [0]) == before
+    assert all("forward" not in vars(block) for block in probe._blocks)
 
 
 def test_more_bits_are_nearer(case, probe):
-    two, three, four, eight = (probe.divergence((index,) * len(case.space.groups)) for index in range(4))
+    def mean(index):
+        losses = probe.losses((index,) * len(case.space.groups), range(6))
+        return sum(loss.divergence for loss in losses) / len(losses)
+
+    two, three, four, eight = (mean(index) for index in range(4))
     assert 0 < eight < four < three < two
-
-
-def test_a_search_in_small(case, probe):
-    """At the bytes of uniform 3 bits, on windows that the search did not see, both are better than uniform."""
-    space, seen, unseen = case.space, 16, 8
-    uniform = (1,) * len(space.groups)
-    budget = space.stored_bytes(uniform)
-    losses = sensitivities(space, lambda place, index: probe.divergence_of_one(place, index, None, count=4))
-    start = solve(space, losses, budget)
-    study = optuna.create_study(sampler=LevelSwitchSampler(space, budget, start=start))
-    stages = [Stage(windows=4, survivors=2), Stage(windows=seen, survivors=1)]
-
-    def measure(allocations, windows):
-        return [probe.divergence(allocation, count=windows) for allocation in allocations]
-
-    begin(study, space, measure, seen)
-    for _ in range(6):
-        generation(study, space, measure, offspring=6, stages=stages)
-    found = allocation_of(space, study.best_params)
-    assert space.stored_bytes(found) <= budget
-    held_out = {
-        name: probe.divergence(one, first=seen, count=unseen)
-        for name, one in (("uniform", uniform), ("knapsack", start), ("search", found))
-    }
-    assert study.best_value < study.trials[0].value
-    assert held_out["search"] < held_out["uniform"]
-    assert held_out["knapsack"] < held_out["uniform"]

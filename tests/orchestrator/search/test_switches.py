@@ -5,7 +5,7 @@ from random import Random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.search.switches import mutated, random_allocation
+from orchestrator.search.switches import fitted, mutated, random_allocation
 from tests.orchestrator.search.conftest import spaces_with_budgets
 
 
@@ -33,9 +33,33 @@ def test_children_of_children_never_exceed_the_budget(case, seed):
     chance = Random(seed)
     allocation = random_allocation(space, budget, chance)
     for _ in range(10):
-        allocation = mutated(space, allocation, budget, chance)
+        losses = [[chance.random() for _ in group.choices] for group in space.groups]
+        allocation = mutated(space, allocation, budget, chance, losses=chance.choice([None, losses]))
         assert space.stored_bytes(allocation) <= budget
         assert all(0 <= index < len(group.choices) for group, index in zip(space.groups, allocation, strict=True))
+
+
+@given(spaces_with_budgets(), st.integers(0, 1000))
+def test_whatever_is_proposed_is_made_to_fit(case, seed):
+    space, budget = case
+    chance = Random(seed)
+    proposed = tuple(chance.randrange(len(group.choices)) for group in space.groups)
+    found = fitted(space, proposed, budget, chance)
+    assert space.stored_bytes(found) <= budget
+    if space.stored_bytes(proposed) <= budget:
+        assert all(index >= before for index, before in zip(found, proposed, strict=True))
+
+
+def test_chance_is_guided_by_what_choices_cost(make_space_of):
+    """Group 0 loses much by going down, group 5 gains much by going up."""
+    space = make_space_of([[10, 20, 30]] * 6)
+    parent = (1,) * 6
+    losses = [[9.0, 0.1, 0.0], *([[0.5, 0.3, 0.2]] * 4), [0.6, 0.5, 0.0]]
+    children = [mutated(space, parent, 120, Random(seed), losses=losses, most_switches=1) for seed in range(400)]
+    by_chance = [mutated(space, parent, 120, Random(seed), most_switches=1) for seed in range(400)]
+    assert sum(child[0] == 0 for child in children) < 0.3 * sum(child[0] == 0 for child in by_chance)
+    assert sum(child[5] == 2 for child in children) > 1.3 * sum(child[5] == 2 for child in by_chance)
+    assert any(child[0] == 0 for child in children)
 
 
 def test_equal_sizes_are_switched_one_for_one(make_space_of):

@@ -1,0 +1,268 @@
+"""`bitatlas search`: makes the bank, searches it, and runs the sweep that the chosen allocations are cells of."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from rich.console import Console
+
+from orchestrator.claim import claim_output, write_sweep
+from orchestrator.commands import INTERRUPTED, OK, SOME_FAILED, report_command
+from orchestrator.config import Sweep, resolved
+from orchestrator.errors import BitatlasError
+from orchestrator.inputs import Inputs, prepare
+from orchestrator.layout import Layout
+from orchestrator.plan import Plan, content_hash, make_plan
+from orchestrator.running import check_is_kept, drive, interrupts, started_pool, with_data
+from orchestrator.scheme import Scheme, parse_scheme
+from orchestrator.search.budget import Budget
+from orchestrator.search.config import Search, read_search
+from orchestrator.search.crew import InterruptedSearchError
+from orchestrator.search.records import Records, space_as_json
+from orchestrator.search.run import SearchRun, budgets_of, space_of
+from orchestrator.search.space import Allocation, Space
+from orchestrator.search.starts import largest_uniform
+from orchestrator.search.tokens import search_windows
+from orchestrator.search.view import SearchView
+from orchestrator.search.worker import FACTORY
+from orchestrator.store import Store
+from orchestrator.sweep import Summary, finished_jobs
+from orchestrator.witness import remove_other_witnesses
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from cluster.pool import Pool
+    from orchestrator.search.probe import Key
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A search with everything that could be wrong looked at.
+
+    Args:
+        windows: of the search, then of the guard.
+        identity: content hash of the space, the tokens and what allocations are judged by: what is recorded of one
+            identity says nothing of another.
+    """
+
+    search: Search
+    inputs: Inputs
+    space: Space
+    budgets: list[Budget]
+    windows: NDArray[np.int64]
+    identity: str
+
+
+def search_command(
+    file: Path,
+    *,
+    out: Path | None,
+    report: bool,
+    address: str | None = None,
+    workers: int | None = None,
+    cache: Path | None = None,
+) -> int:
+    """Run a search, or go on with it; the exit status."""
+    from orchestrator.shared_cache import usable_cache
+
+    console = Console()
+    search = read_search(file)
+    sweep, variables = with_data(search.sweep, str(file), console)
+    search = replace(search, sweep=sweep)
+    layout = Layout(out if out is not None else Path("outputs") / sweep.name)
+    check_is_kept("--out", layout.root)
+    check_is_kept("--cache", cache)
+    claim_output(layout, sweep)
+    shared = None if cache is None else usable_cache(cache, layout.root)
+    with console.status("reading the model and data (a packaged model is converted on first use) ..."):
+        found = prepared(search, str(file))
+    records = Records(layout.root)
+    _check_same(records, found.identity)
+    again = f"bitatlas search {file}" + (f" --out {out}" if out else "") + (f" --cache {cache}" if cache else "")
+    stop = threading.Event()
+    with (
+        started_pool(sweep, layout, FACTORY, console, address=address, workers=workers, variables=variables) as running,
+        Store(layout) as store,
+        interrupts(stop, console),
+    ):
+        remove_other_witnesses(running.witness)
+        _check_seen(running.pool, layout)
+        try:
+            summary = _Session(found, layout, records, running.pool, console, stop, shared).run(store)
+        except InterruptedSearchError:
+            summary = None
+    if summary is None or summary.interrupted:
+        console.print(f"stopped: what is done is kept; go on with: {again}", highlight=False, soft_wrap=True)
+        return INTERRUPTED
+    if report:
+        report_command(layout.root, console)
+    for failure in summary.failures:
+        console.print(f"failed: {failure}", style="red", highlight=False, markup=False)
+    if summary.failed:
+        console.print(f"try the failed ones again with: {again}", highlight=False, soft_wrap=True)
+    return SOME_FAILED if summary.failed else OK
+
+
+def prepared(search: Search, file: str) -> Prepared:
+    """Look at everything that a search needs; nothing is written.
+
+    Raises:
+        BitatlasError: one sentence with the field.
+    """
+    grid = tuple(dict.fromkeys([*search.bank_sweep().grid, *search.schemes, *search.sweep.grid]))
+    inputs = prepare(search.sweep.model_copy(update={"grid": grid}), file)
+    model = inputs.models[search.model]
+    space = space_of(search, model, file)
+    budgets = budgets_of(search, space, model, file)
+    windows = search_windows(search, model, file)
+    facts = [
+        model.digest,
+        model.dtype,
+        [scheme.as_entry() for scheme in search.bank],
+        space_as_json(space),
+        windows.tolist(),
+        search.settings.windows,
+        search.settings.objective,
+    ]
+    identity = content_hash(facts)
+    return Prepared(search=search, inputs=inputs, space=space, budgets=budgets, windows=windows, identity=identity)
+
+
+def _check_same(records: Records, identity: str) -> None:
+    """Raise where what is recorded is of other tokens, another bank or another objective."""
+    if not records.file.exists():
+        return
+    try:
+        held = yaml.safe_load(records.file.read_text(encoding="utf-8"))["identity"]
+    except (OSError, yaml.YAMLError, TypeError, KeyError) as error:
+        raise BitatlasError(f"{records.file} is not readable; choose another --out, or mend that file") from error
+    if held != identity:
+        raise BitatlasError(
+            f"{records.directory} holds a search of another bank, other tokens or another objective; choose another "
+            "--out (--cache shares the artifacts)"
+        )
+
+
+def _check_seen(pool: Pool, layout: Layout) -> None:
+    blind = sorted({worker.node for worker in pool.workers.values() if not worker.sees_output})
+    if blind:
+        raise BitatlasError(
+            f"{layout.root} is not seen by {', '.join(blind)}: every worker of a search reads the bank there; give "
+            "--out a directory that all nodes share"
+        )
+
+
+class _Session:
+    """The three parts of a search, on workers that stay."""
+
+    def __init__(
+        self,
+        found: Prepared,
+        layout: Layout,
+        records: Records,
+        pool: Pool,
+        console: Console,
+        stop: threading.Event,
+        cache: Path | None,
+    ) -> None:
+        self._found, self._layout, self._records, self._pool = found, layout, records, pool
+        self._console, self._stop, self._cache = console, stop, cache
+        self._search, self._space = found.search, found.space
+
+    def run(self, store: Store) -> Summary:
+        """The bank, the search, the sweep; how the last of them to run ended."""
+        write_sweep(self._layout, self._final_sweep([]))  # so that its status and report are there from now on
+        self._records.write_json(self._records.file, self._described())
+        view = SearchView(self._console)
+        bank = self._search.bank_sweep()
+        plan = make_plan(bank, self._found.inputs.identities)
+        plan = Plan(cells=plan.cells[1:], jobs=tuple(job for job in plan.jobs if job.kind == "quantize"))
+        bank_layout = Layout(self._layout.root / "bank")
+        if len(finished_jobs(bank_layout, plan)) < len(plan.jobs):
+            view.say(f"the bank: {len(plan.jobs)} variants of every linear, in {bank_layout.root}")
+            with Store(bank_layout) as bank_store:
+                summary = self._drive(bank, plan, bank_layout, bank_store)
+            if summary.interrupted or summary.failed:
+                return summary
+        chosen = SearchRun(
+            search=self._search,
+            model=self._found.inputs.models[self._search.model],
+            space=self._space,
+            budgets=self._found.budgets,
+            windows=self._found.windows,
+            artifacts=_artifacts(plan, bank_layout),
+            records=self._records,
+            pool=self._pool,
+            view=view,
+            stop=self._stop,
+        ).run()
+        sweep, plan = self._with_cells(chosen)
+        self._records.write_json(self._records.chosen, chosen)
+        return self._drive(sweep, plan, self._layout, store)
+
+    def _drive(self, sweep: Sweep, plan: Plan, layout: Layout, store: Store) -> Summary:
+        return drive(
+            sweep,
+            plan,
+            self._found.inputs,
+            layout,
+            store,
+            self._pool,
+            self._console,
+            stop=self._stop,
+            cache=self._cache,
+        )
+
+    def _described(self) -> dict[str, Any]:
+        settings = self._search.settings.model_dump(mode="json")
+        return {"identity": self._found.identity, **yaml.safe_load(resolved(self._search.sweep)), "search": settings}
+
+    def _with_cells(self, chosen: Mapping[str, Any]) -> tuple[Sweep, Plan]:
+        """The sweep that evaluates what was chosen; each chosen allocation is told its cell."""
+        described = []
+        for study in chosen["studies"]:
+            described += (
+                [study] if study.get("front") is None else [one for one in study["front"] if "guard_loss" in one]
+            )
+            described += study["starts"] if self._search.settings.evaluate_starts else []
+        schemes = [self._scheme(tuple(one["allocation"])) for one in described]
+        sweep = self._final_sweep(schemes)
+        plan = make_plan(sweep, self._found.inputs.identities)
+        cells = {cell.scheme: cell.id for cell in plan.cells}
+        for one, scheme in zip(described, schemes, strict=True):
+            one["cell"] = cells[scheme]
+        return sweep, plan
+
+    def _final_sweep(self, schemes: list[Scheme]) -> Sweep:
+        uniform = self._search.sweep.grid or tuple(
+            self._scheme(start.allocation)
+            for start in (largest_uniform(self._space, budget.stored_bytes) for budget in self._found.budgets)
+            if start is not None
+        )
+        grid = tuple(dict.fromkeys([*uniform, *schemes])) or self._search.schemes[:1]
+        return self._search.sweep.model_copy(update={"grid": grid})
+
+    def _scheme(self, allocation: Allocation) -> Scheme:
+        """The scheme of a cell: quantized in sequence, as any other cell is."""
+        common = Counter(
+            (choice.weight_bits, choice.group_size) for choice in self._space.choices(allocation)
+        ).most_common(1)[0][0]
+        base = replace(self._search.schemes[0], weight_bits=common[0], group_size=common[1])
+        return parse_scheme(self._space.entry(base, allocation), "search")
+
+
+def _artifacts(plan: Plan, layout: Layout) -> dict[Key, str]:
+    """Where each choice's artifact lies."""
+    return {
+        (job.cell.weight_bits, job.cell.scheme.group_size): str(layout.artifact(job.cell.key).absolute())
+        for job in plan.jobs
+        if job.cell.scheme is not None
+    }

@@ -1,0 +1,252 @@
+"""The search file: a sweep file with a section `search`. Every complaint names the file and the field."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+from orchestrator.config import CorpusField, Strict, Sweep, describe, expand, parse_sweep, read_yaml
+from orchestrator.errors import BitatlasError
+from orchestrator.scheme import Scheme
+
+BUDGETED = ("level-switch", "tpe", "gp", "random")
+SamplerName = Literal["level-switch", "tpe", "gp", "random"]
+FrontSamplerName = Literal["nsga2", "tpe", "random"]
+
+
+class StageConfig(Strict):
+    """One stage of a generation: `survivors` go on after `windows` windows."""
+
+    windows: int = Field(ge=1)
+    survivors: int = Field(ge=1)
+
+
+class SensitivityConfig(Strict):
+    """Each choice of each group alone, with all else float (`fp`) or at the largest uniform choice that fits."""
+
+    bases: tuple[Literal["fp", "uniform"], ...] = Field(default=("fp",), min_length=1)
+    windows: int = Field(default=2, ge=1)
+    rounds: int = Field(default=1, ge=0)  # of level-switch: steps from the best start measured, and solved again
+
+
+class FrontConfig(Strict):
+    """The whole front of bytes against loss by a multi-objective sampler; `cells` of it are evaluated in full."""
+
+    sampler: FrontSamplerName = "nsga2"
+    evaluations: int = Field(default=200, ge=2)
+    cells: int = Field(default=3, ge=1)
+
+
+class SearchConfig(Strict):
+    """What is searched, by what, on which tokens, and for how long.
+
+    Budgets are stored bits per weight of the decoder's linears, scales and zeros included, or bytes of the checkpoint.
+    Counts of evaluations are of allocations on all `windows`: one that is measured on some of them counts in part.
+    """
+
+    bank: dict[str, Any]
+    pinned: dict[str, Any] = Field(default_factory=dict)
+    budgets: tuple[float | dict[str, int], ...] = ()
+    front: FrontConfig | None = None
+    objective: Literal["kl_divergence", "perplexity"] = "kl_divergence"
+    corpus: CorpusField | None = None
+    sequence_length: int = Field(default=512, ge=2)
+    windows: int = Field(default=16, ge=1)
+    guard_windows: int = Field(default=8, ge=1)
+    sampler: SamplerName = "level-switch"
+    evaluations: int = Field(default=100, ge=1)
+    offspring: int = Field(default=16, ge=1)
+    stages: tuple[StageConfig, ...] = ()
+    patience: int = Field(default=10, ge=1)
+    sensitivity: SensitivityConfig = SensitivityConfig()
+    evaluate_starts: bool = False  # knapsacks as cells too, to compare with
+    seed: int = Field(default=0, ge=0)
+
+    @field_validator("budgets")
+    @classmethod
+    def _numbers(cls, budgets: tuple[Any, ...]) -> tuple[Any, ...]:
+        for budget in budgets:
+            if isinstance(budget, dict):
+                if list(budget) != ["checkpoint_bytes"] or budget["checkpoint_bytes"] < 1:
+                    raise PydanticCustomError("told", "a budget is a number of bits, or {checkpoint_bytes: N}")
+            elif not 0 < budget <= 16:
+                raise PydanticCustomError("told", "bits per weight must be above 0 and at most 16")
+        return budgets
+
+    @model_validator(mode="after")
+    def _consistent(self) -> SearchConfig:
+        if not self.budgets and self.front is None:
+            raise PydanticCustomError("told", "search names neither budgets nor front; give at least one")
+        stages = self.all_stages
+        windows, survivors = [one.windows for one in stages], [self.offspring, *(one.survivors for one in stages)]
+        if windows != sorted(set(windows)) or windows[-1] != self.windows:
+            raise PydanticCustomError(
+                "told", f"stages must have rising windows, the last one all {self.windows} (search.windows)"
+            )
+        if survivors != sorted(survivors, reverse=True):
+            raise PydanticCustomError("told", f"stages must have falling survivors, of {self.offspring} offspring")
+        if self.sensitivity.windows > self.windows:
+            raise PydanticCustomError("told", f"sensitivity.windows is more than the {self.windows} search.windows")
+        return self
+
+    @property
+    def all_stages(self) -> tuple[StageConfig, ...]:
+        """The stages, or a quarter of the windows for all and all windows for a quarter of the offspring."""
+        if self.stages:
+            return self.stages
+        few = max(1, self.windows // 8)
+        last = StageConfig(windows=self.windows, survivors=1)
+        if few == self.windows:
+            return (last,)
+        return (StageConfig(windows=few, survivors=max(1, self.offspring // 8)), last)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Search:
+    """A whole search file.
+
+    Args:
+        sweep: what the found allocations end in, with the uniform cells of `grid`.
+        bank: one scheme per choice, as the bank's sweep quantizes them.
+        schemes: the same as cells would have them; `bank` differs where a method can look at float inputs.
+        pinned: pattern of linears -> their one scheme, likewise of the bank.
+    """
+
+    sweep: Sweep
+    settings: SearchConfig
+    bank: tuple[Scheme, ...]
+    schemes: tuple[Scheme, ...]
+    pinned: Mapping[str, Scheme]
+
+    @property
+    def model(self) -> str:
+        """The model's name."""
+        return self.sweep.models[0].name
+
+    def bank_sweep(self) -> Sweep:
+        """The sweep that makes the bank: every choice as a uniform cell."""
+        grid = tuple(dict.fromkeys([*self.bank, *self.pinned.values()]))
+        return self.sweep.model_copy(update={"name": f"{self.sweep.name}-bank"[:80], "grid": grid})
+
+
+def read_search(path: Path) -> Search:
+    """Read and check a search file.
+
+    Raises:
+        BitatlasError: absent, not YAML, or not a valid search: one sentence with the file and the field.
+    """
+    document = read_yaml(path, "a search file")
+    search = parse_search(document, str(path))
+    if search.sweep.data is None:
+        return search
+    data = str((path.parent / search.sweep.data).resolve())
+    return replace(search, sweep=search.sweep.model_copy(update={"data": data}))
+
+
+def parse_search(document: Any, file: str) -> Search:
+    """Check a search document.
+
+    Args:
+        document: what the YAML holds.
+        file: the name to put before every complaint.
+    Raises:
+        BitatlasError: names the field and the rule.
+    """
+    if not isinstance(document, dict):
+        kind = "empty" if document is None else f"a {type(document).__name__}, not a mapping"
+        raise BitatlasError(f"{file} is {kind}; a search needs name, models, evaluation and search")
+    if "search" not in document:
+        hint = "; `bitatlas run` runs a sweep file" if "grid" in document else ""
+        raise BitatlasError(f"{file}: search is missing: a section that names a bank and budgets{hint}")
+    try:
+        settings = SearchConfig.model_validate(document["search"])
+    except ValidationError as error:
+        raise BitatlasError(f"{file}: {_within(describe(error))}") from error
+    schemes = _choices(settings.bank, f"{file}: search.bank", file)
+    rest = {key: value for key, value in document.items() if key != "search"}
+    uniform = [scheme.as_entry() for scheme in schemes]
+    sweep = parse_sweep({**rest, "grid": rest.get("grid") or uniform}, file)
+    if "grid" not in rest:
+        sweep = sweep.model_copy(update={"grid": ()})
+    if len(sweep.models) != 1:
+        raise BitatlasError(f"{file}: models names {len(sweep.models)} models; a search is of one")
+    if len(sweep.calibration) > 1:
+        raise BitatlasError(f"{file}: calibration names {len(sweep.calibration)} recipes; a search has one")
+    if settings.corpus is None and not sweep.calibration:
+        raise BitatlasError(
+            f"{file}: search.corpus is missing, and there is no calibration whose corpus could be read on"
+        )
+    if sweep.evaluation.execution != "simulated":
+        raise BitatlasError(f"{file}: evaluation.execution = {sweep.evaluation.execution!r}: a search is simulated")
+    pinned = {
+        pattern: _bank_scheme(_pinned(schemes[0], value, f"{file}: search.pinned[{pattern!r}]"))
+        for pattern, value in settings.pinned.items()
+    }
+    return Search(
+        sweep=sweep,
+        settings=settings,
+        bank=tuple(_bank_scheme(scheme) for scheme in schemes),
+        schemes=schemes,
+        pinned=pinned,
+    )
+
+
+def _within(told: str) -> str:
+    if told.startswith("search"):
+        return told
+    return f"search: {told}" if told.startswith("unknown key") else f"search.{told}"
+
+
+def _choices(bank: Mapping[str, Any], where: str, file: str) -> tuple[Scheme, ...]:
+    from quantizers.method import Method
+    from quantizers.uniform_weight import UniformWeight
+
+    if "layers" in bank:
+        raise BitatlasError(f"{where}.layers: linears get their bits by the search; use pinned for those that are set")
+    try:
+        schemes = expand(dict(bank), 0, file)
+    except BitatlasError as error:
+        raise BitatlasError(str(error).replace(f"{file}: grid[0]", where)) from error
+    first, method = schemes[0], schemes[0].build()
+    for scheme in schemes:
+        if replace(scheme, weight_bits=first.weight_bits, group_size=first.group_size) != first:
+            raise BitatlasError(f"{where}: choices differ in weight_bits and group_size alone; {scheme.label} does not")
+    if first.activation_bits != 16:
+        raise BitatlasError(f"{where}.activation_bits: a search is of weights; leave activations alone")
+    if type(method).transform is not Method.transform or method.encoding != UniformWeight.encoding:
+        raise BitatlasError(
+            f"{where}.method = {first.method!r}: its variants cannot stand beside each other, or take bytes that only "
+            "the weights tell; use gptq, gptaq or rtn"
+        )
+    return tuple(schemes)
+
+
+def _bank_scheme(scheme: Scheme) -> Scheme:
+    """The scheme with float inputs, where its method has the choice and the file says nothing.
+
+    A variant that was made behind other variants makes up for their errors, and would stand among others.
+    """
+    from orchestrator.scheme import option_defaults
+    from quantizers.methods import method_class
+
+    options = json.loads(scheme.options)
+    if "path" not in option_defaults(method_class(scheme.method)) or not scheme.build().needs.calibration:
+        return scheme
+    return replace(scheme, options=json.dumps(options | {"path": "float"}, sort_keys=True))
+
+
+def _pinned(scheme: Scheme, value: Any, where: str) -> Scheme:
+    """The scheme that a pinned group gets: bits, or weight_bits and group_size."""
+    from orchestrator.scheme import parse_scheme
+
+    entry = scheme.as_entry() | (value if isinstance(value, dict) else {"weight_bits": value})
+    for key in value if isinstance(value, dict) else ():
+        if key not in ("weight_bits", "group_size"):
+            raise BitatlasError(f"{where}: unknown key {key!r}; the keys here are weight_bits, group_size")
+    return parse_scheme(entry, where)
