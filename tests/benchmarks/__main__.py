@@ -26,16 +26,22 @@ OTHERS = {
     "outliers": "what SmoothQuant and AWQ recover on a copy of the model with activation outliers",
     "profile": "where the time of GPTQ, AWQ and SmoothQuant goes, against the peak of matrix products",
     "openpangu": "a sweep on a random checkpoint of openPangu 1B's shape: time, peak memory, and what the plan said",
+    "search": "mixed bits by search against the best uniform cell, the knapsack, TPE and chance, on held-out text",
+    "search_speed": "a probe of the search against quantizing for every trial, and what prefix reuse saves",
     "memory": "peak memory of quantizing a synthetic 7B checkpoint block by block",
 }
 BENCHMARKS = QUANTIZATION | EVALUATION | OTHERS
+SEEDED = {*QUANTIZATION, "search"}
 
 
 def main():
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
     parser.add_argument("names", nargs="*", help="; ".join(f"{name}: {what}" for name, what in BENCHMARKS.items()))
     parser.add_argument(
-        "--seeds", type=int, nargs="+", help="calibration seeds of gptq, awq and smoothquant; three by default"
+        "--seeds",
+        type=int,
+        nargs="+",
+        help="calibration seeds of gptq, awq, smoothquant (three by default) and search (one)",
     )
     args = parser.parse_args()
     names = args.names or [*QUANTIZATION, *EVALUATION]
@@ -47,7 +53,7 @@ def main():
         if name not in BENCHMARKS:
             parser.error(f"no benchmark {name!r}; there are {', '.join(BENCHMARKS)}")
         figures = importlib.import_module(f"tests.benchmarks.bench_{name}").measure(
-            root, **chosen if name in QUANTIZATION else {}
+            root, **chosen if name in SEEDED else {}
         )
         (results / f"{name}.json").write_text(json.dumps(figures, indent=1))
         print(f"wrote {results / name}.json")
