@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from orchestrator.atlas import labels
 from orchestrator.atlas.search_grid import Grid, choice_name
 from orchestrator.atlas.search_rows import FP_BASE, is_finite
 
@@ -29,7 +30,7 @@ class Level:
     @property
     def name(self) -> str:
         """ "2 bits, g64"; what it stands on where that is not the float model."""
-        on = "" if self.base == FP_BASE else f", the rest {self.base}"
+        on = "" if self.base == FP_BASE else f", the rest {labels.plain(self.base)}"
         return choice_name(self.weight_bits, self.group_size) + on
 
     @property

@@ -39,6 +39,11 @@ def objective(search: Search) -> str:
     return f"{name}, {unit}" if unit else name
 
 
+def axis_title(search: Search) -> str:
+    """The same, short enough for the side of a figure."""
+    return "KL to unquantized, nats" if search.objective == "kl_divergence" else objective(search)
+
+
 def _objective(search: Search) -> tuple[str, str]:
     return _OBJECTIVES.get(search.objective, (labels.plain(search.objective).replace("_", " ") or "loss", ""))
 
@@ -117,12 +122,13 @@ def found_sentences(search: Search, study: Study, cell_labels: Mapping[str, str]
 
 def _front_sentence(search: Search, study: Study) -> str:
     points = sorted(study.front, key=lambda point: point.bits_per_weight or 0.0)
-    ends = [f"{_bits(point)} bits per weight ({_loss(point.loss)})" for point in (points[0], points[-1])]
-    span = ends[0] if len(points) == 1 else f"from {ends[0]} to {ends[1]}"
-    count = labels.counted(len(points), "allocation")
+    name, unit = _objective(search)
+    ends = [f"{_bits(one)} stored bits per weight at {f'{_loss(one.loss)} {unit}'.strip()}" for one in points]
+    span = ends[0] if len(points) == 1 else f"from {ends[0]} to {ends[-1]}"
     return (
-        f"Of {study.tried:,} allocations tried, of any size, no other is both smaller and better than {count}: "
-        f"{span}, in brackets the {objective(search)} on the search windows."
+        f"Of {study.tried:,} allocations tried, of any size, {len(points)} "
+        f"{'is' if len(points) == 1 else 'are'} on the front, where no other is smaller and better: {span} "
+        f"({name} on {_windows(search.num_windows, 'search window')})."
     )
 
 

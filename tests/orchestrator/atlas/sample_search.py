@@ -8,9 +8,10 @@ from datetime import UTC, datetime, timedelta
 from random import Random
 from typing import TYPE_CHECKING, Any
 
+from orchestrator.search.knapsack import solve
 from orchestrator.search.records import SENSITIVITY, TRIALS, Records, space_as_json
 from orchestrator.search.space import Allocation, Choice, Group, Space
-from orchestrator.search.switches import mutated, random_allocation
+from orchestrator.search.switches import mutated
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -75,7 +76,6 @@ def sensitivity_rows(space: Space, *, name: str = "search-demo", base: str = "fp
             "group_size": choice.group_size,
             "loss": loss,
             "num_windows": 4,
-            "seconds": 1.2,
             "at": _START,
         }
         for group, losses in zip(space.groups, alone(space), strict=True)
@@ -83,34 +83,29 @@ def sensitivity_rows(space: Space, *, name: str = "search-demo", base: str = "fp
     ]
 
 
-def measured(space: Space, allocation: Allocation, chance: Random) -> float:
-    """The loss of an allocation: nearly a sum."""
-    losses = alone(space)
-    return 0.8 * sum(losses[place][index] for place, index in enumerate(allocation)) * math.exp(chance.gauss(0, 0.01))
+def together(space: Space, allocation: Allocation) -> float:
+    """The loss of an allocation: no sum of what its groups cost alone, so that a search can find better than that."""
+    chance = Random("together")
+    return sum(losses[index] * chance.uniform(0.3, 1.5) for losses, index in zip(alone(space), allocation, strict=True))
 
 
 def study_rows(space: Space, study: str, budget: int, generations: int = 20) -> tuple[list[Row], Row]:
     """Rows of the trials table, and what chosen.json says of the study."""
     chance = Random(study)
-    uniform = max(
-        ((index,) * len(space.groups) for index in range(len(BITS))),
-        key=lambda one: (space.stored_bytes(one) <= budget, space.stored_bytes(one)),
-    )
-    start = min((random_allocation(space, budget, chance) for _ in range(4)), key=lambda one: _sum(space, one))
-    starts = [
-        _point(space, "knapsack fp", start, measured(space, start, chance)),
-        _point(space, f"uniform {BITS[uniform[0]]}-g64", uniform, measured(space, uniform, chance)),
-    ]
+    index = max(index for index in range(len(BITS)) if space.stored_bytes((index,) * len(space.groups)) <= budget)
+    uniform = (index,) * len(space.groups)
+    start = solve(space, alone(space), budget)
+    starts = [_point(space, "knapsack fp", start), _point(space, f"uniform {BITS[index]}-g64", uniform)]
     parent, best, forwards = start, min(one["loss"] for one in starts), 2 * (WINDOWS + GUARDS)
     rows: list[Row] = []
     for generation in range(generations):
         children = [mutated(space, parent, budget, chance) for _ in range(8)]
-        ranked = sorted(children, key=lambda one: _sum(space, one))
+        ranked = sorted(children, key=lambda one: together(space, one))
         for place, child in enumerate(ranked):
             complete = place == 0
             windows = WINDOWS if complete else 4
             forwards += windows
-            loss = measured(space, child, chance)
+            loss = together(space, child) * (1 if complete else chance.uniform(0.9, 1.1))
             better = complete and loss < best
             if better:
                 parent, best = child, loss
@@ -135,7 +130,7 @@ def study_rows(space: Space, study: str, budget: int, generations: int = 20) -> 
                 }
             )
     rows[-1] |= {"state": "failed", "loss": None}
-    chosen = _point(space, "", parent, best) | {
+    chosen = _point(space, "", parent) | {
         "study": study,
         "sampler": "level-switch",
         "budget_bytes": budget,
@@ -150,12 +145,8 @@ def study_rows(space: Space, study: str, budget: int, generations: int = 20) -> 
     return rows, chosen
 
 
-def _sum(space: Space, allocation: Allocation) -> float:
-    losses = alone(space)
-    return sum(losses[place][index] for place, index in enumerate(allocation))
-
-
-def _point(space: Space, name: str, allocation: Allocation, loss: float) -> Row:
+def _point(space: Space, name: str, allocation: Allocation) -> Row:
+    loss = together(space, allocation)
     return {
         "name": name,
         "allocation": list(allocation),
@@ -168,13 +159,8 @@ def _point(space: Space, name: str, allocation: Allocation, loss: float) -> Row:
 
 def front_study(space: Space) -> Row:
     """What chosen.json says of a study over all sizes."""
-    chance = Random("front")
-    budgets = [space.budget(bits, "front") for bits in (2.6, 3.0, 3.5, 4.0, 4.6)]
-    found = [random_allocation(space, budget, chance) for budget in budgets]
-    front = [
-        {key: value for key, value in _point(space, "", one, _sum(space, one)).items() if key != "name"}
-        for one in found
-    ]
+    found = [solve(space, alone(space), space.budget(bits, "front")) for bits in (2.6, 3.0, 3.5, 4.0, 4.6)]
+    front = [{key: value for key, value in _point(space, "", one).items() if key != "name"} for one in found]
     return {
         "study": "all sizes",
         "sampler": "nsga-2",
