@@ -120,11 +120,11 @@ def _said(name: str, point: Point) -> str:
 
 
 def history_figures(search: Search) -> list[dict[str, Any]]:
-    """The best loss so far over window forwards, and that of held-out windows: as it is, and by the best start's.
+    """The best loss so far over window forwards, and that of held-out windows: as it is, and to the best start.
 
-    By the best start's, what a search has gained is seen for all budgets at once, also where it is little.
+    Relative to its best start, what a search has gained is seen for all budgets at once, also where it is little.
     """
-    by_measure: dict[str, list[Figure]] = {"loss": [], "loss by the best start's": []}
+    by_measure: dict[str, list[Figure]] = {"loss": [], "relative to the best start": []}
     for rank, study in enumerate(search.studies):
         colour = PALETTE[rank % len(PALETTE)]
         name = labels.plain(study.name)
@@ -135,10 +135,10 @@ def history_figures(search: Search) -> list[dict[str, Any]]:
         ]
         by_measure["loss"] += [_line(*line[:2], colour, dash=line[2], shape=line[3]) for line in lines]
         by_measure["loss"].append(_line(f"{name}, starts", _starts_at_zero(study), colour, dash="", shape="linear"))
-        by_measure["loss by the best start's"] += [
+        by_measure["relative to the best start"] += [
             _line(title, _by_first(points), colour, dash=dash, shape=shape) for title, points, dash, shape in lines
         ]
-    titles = (axis_title(search), "by the best start's")
+    titles = (axis_title(search), "relative to the best start")
     return [
         {"name": name, "figure": _with_axes([one for one in traces if one["x"]], "window forwards", title)}
         for (name, traces), title in zip(by_measure.items(), titles, strict=True)
@@ -212,7 +212,7 @@ def _with_axes(traces: list[Figure], x_title: str, y_title: str) -> Figure:
     y_axis: Figure = {"title": {"text": html.escape(y_title)}, "type": "log"}
     if heights:
         low, high = math.log10(min(heights)), math.log10(max(heights))
-        room = 0.06 * (high - low) + 0.02
+        room = 0.06 * (high - low) + 0.004
         y_axis |= log_ticks(min(heights), max(heights)) | {"range": [low - room, high + room]}
     layout: Figure = {
         "xaxis": {"title": {"text": x_title}},

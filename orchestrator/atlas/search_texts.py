@@ -141,7 +141,8 @@ def _best_sentences(search: Search, study: Study) -> list[str]:
     size = "" if found.stored_bytes is None else f" ({labels.megabytes(found.stored_bytes)} MB)"
     head = f"Of {study.tried:,} allocations tried{budget}, the best"
     if study.chosen is None:
-        head = f"Nothing is chosen yet: the search runs or was interrupted. Of {tried} tried{budget}, the best so far"
+        state = "Nothing was chosen." if study.stopped else "Nothing is chosen yet: it runs or was interrupted."
+        head = f"{state} Of {tried} tried{budget}, the best so far"
     sentences = [f"{head} stores {_bits(found)} bits per weight{size}."]
     name, unit = _objective(search)
     loss = f"{_loss(found.loss)} {unit}".strip()
