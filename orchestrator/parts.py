@@ -43,8 +43,8 @@ class DamagedPartError(BitatlasError):
         """Name the part and the remedy."""
         self.part, self.why = part, " ".join(str(why).split())
         super().__init__(
-            f"{part} is damaged, not a readable Parquet file ({self.why}); run the sweep with the same command again: it "
-            "sets this part aside and computes its jobs again"
+            f"{part} is damaged, not a readable Parquet file ({self.why}); run the sweep with the same command again: "
+            "it sets this part aside and computes its jobs again"
         )
 
 
