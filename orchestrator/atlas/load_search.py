@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from orchestrator.atlas.search_rows import Point, Search, Sensitivity, Study, Trial
 from orchestrator.errors import BitatlasError
@@ -35,6 +35,7 @@ def load_search(directory: Path) -> Search | None:
         return None
     # What is written last is read first, so that all it speaks of is there by then.
     chosen = _chosen(records.chosen)
+    settings = _settings(records.file)
     space = _space(records.space)
     trials = _rows(records, TRIALS)
     sensitivity = _rows(records, SENSITIVITY)
@@ -42,9 +43,10 @@ def load_search(directory: Path) -> Search | None:
     return Search(
         name=next((str(row["search"]) for row in named if row.get("search")), ""),
         model=next((str(row["model"]) for row in named if row.get("model")), ""),
-        objective=_text(chosen, "objective", records.chosen),
-        num_windows=_whole(chosen, "num_windows", records.chosen),
-        guard_windows=_whole(chosen, "guard_windows", records.chosen),
+        objective=_text(chosen, "objective", records.chosen) or _text(settings, "objective", records.file),
+        num_windows=_whole(chosen, "num_windows", records.chosen) or _whole(settings, "windows", records.file),
+        guard_windows=_whole(chosen, "guard_windows", records.chosen)
+        or _whole(settings, "guard_windows", records.file),
         space=space,
         sensitivities=_sensitivities(sensitivity, records.directory / SENSITIVITY.name),
         studies=_studies(chosen, trials, space, records),
@@ -61,16 +63,20 @@ def _rows(records: Records, table: Table) -> list[dict[str, Any]]:
         raise BitatlasError(f"{place} cannot be read ({error.strerror or error}); {_REMEDY}") from None
 
 
-def _json(path: Path) -> object:
+def _read(path: Path, language: Literal["JSON", "YAML"] = "JSON") -> object:
     """What a small file holds; None where it is not there yet."""
+    import yaml
+
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        return json.loads(text) if language == "JSON" else yaml.safe_load(text)
     except FileNotFoundError:
         return None
     except OSError as error:
         raise BitatlasError(f"{path} cannot be read ({error.strerror or error}); {_REMEDY}") from None
-    except (ValueError, RecursionError) as error:
-        raise BitatlasError(f"{path} is not readable JSON ({' '.join(str(error).split())}); {_REMEDY}") from None
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise BitatlasError(f"{path} is not readable {language} ({reason}); {_REMEDY}") from None
 
 
 def _wrong(where: object, what: str) -> BitatlasError:
@@ -78,7 +84,7 @@ def _wrong(where: object, what: str) -> BitatlasError:
 
 
 def _space(path: Path) -> Space | None:
-    found = _json(path)
+    found = _read(path)
     if found is None:
         return None
     try:
@@ -97,8 +103,19 @@ def _space(path: Path) -> Space | None:
     return space
 
 
+def _settings(path: Path) -> dict[str, Any]:
+    """What the search's file says under `search`, for as long as nothing is chosen."""
+    found = _read(path, "YAML")
+    if found is None:
+        return {}
+    settings = found.get("search") if isinstance(found, dict) else None
+    if not isinstance(settings, dict):
+        raise _wrong(path, "it must hold an object with the settings `search`")
+    return settings
+
+
 def _chosen(path: Path) -> dict[str, Any]:
-    found = _json(path)
+    found = _read(path)
     if found is None:
         return {}
     if not isinstance(found, dict):

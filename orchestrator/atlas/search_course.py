@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.atlas import labels
 from orchestrator.atlas.figures import PALETTE, SYMBOLS, log_ticks
+from orchestrator.atlas.search_grid import short_choice
 from orchestrator.atlas.search_rows import is_finite
 from orchestrator.atlas.search_texts import axis_title
 
@@ -96,27 +97,32 @@ def _uniform_name(space: Space | None, allocation: Allocation | None) -> str:
     if len(given) != 1:
         return ""
     ((bits, size),) = given
-    return f"{bits}-{f'g{size}' if size else 'per-channel'}"
+    return short_choice(bits, size)
 
 
 def _chosen_traces(search: Search) -> list[Figure]:
+    """Stars for what was chosen, and a line through all of a front."""
     traces = []
     for rank, study in enumerate(search.studies):
+        colour = PALETTE[rank % len(PALETTE)]
         one = study.chosen or study.best
-        points = sorted(study.front, key=lambda point: point.bits_per_weight or 0.0) or ([one] if one else [])
-        name = f"{labels.plain(study.name)}, {'chosen' if study.ended else 'best so far'}"
-        marks: list[_Mark] = [(point.bits_per_weight, point.loss, _said(name, point)) for point in points]
-        trace = _marks(name, marks, colour=PALETTE[rank % len(PALETTE)], symbol="star", size=14)
+        plain = labels.plain(study.name)
         if study.front:
-            trace |= {"mode": "lines+markers", "line": {"color": PALETTE[rank % len(PALETTE)], "width": 1.5}}
-            trace["marker"]["size"] = 10
-        traces.append(trace)
+            ordered = sorted(study.front, key=lambda point: point.bits_per_weight or 0.0)
+            line = _marks(f"{plain}, front", _said(plain, ordered), colour=colour, symbol="circle", size=5)
+            traces.append(line | {"mode": "lines+markers", "line": {"color": colour, "width": 1.5}})
+        name = f"{plain}, {'chosen' if study.ended else 'best so far'}"
+        points = study.picked or ([one] if one else [])
+        traces.append(_marks(name, _said(name, points), colour=colour, symbol="star", size=13))
     return traces
 
 
-def _said(name: str, point: Point) -> str:
-    guard = f", {labels.number(point.guard_loss)} on guard windows" if is_finite(point.guard_loss) else ""
-    return f"{name}{guard}"
+def _said(name: str, points: Iterable[Point]) -> list[_Mark]:
+    marks: list[_Mark] = []
+    for point in points:
+        guard = f", {labels.number(point.guard_loss)} on guard windows" if is_finite(point.guard_loss) else ""
+        marks.append((point.bits_per_weight, point.loss, f"{name}{guard}"))
+    return marks
 
 
 def history_figures(search: Search) -> list[dict[str, Any]]:

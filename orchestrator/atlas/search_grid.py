@@ -132,6 +132,11 @@ def _ruler(blocks: Sequence[int], size: int) -> str:
     return "".join(line)
 
 
+def short_choice(weight_bits: int, group_size: int) -> str:
+    """ "3-g64", as the search names its uniform starts; "3-pc" is per channel."""
+    return f"{weight_bits}-{f'g{group_size}' if group_size else 'pc'}"
+
+
 def choice_name(weight_bits: int, group_size: int) -> str:
     """ "3 bits, g64"."""
     return f"{labels.counted(weight_bits, 'bit')}, {f'g{group_size}' if group_size else 'per channel'}"

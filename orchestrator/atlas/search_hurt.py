@@ -26,19 +26,21 @@ class Level:
     weight_bits: int
     group_size: int
     losses: Mapping[str, float]  # by group, in the model's order; may be non-finite
+    adds_up: bool  # whether a loss is of this choice alone, so that a sum of them says something
 
     @property
     def name(self) -> str:
         """ "2 bits, g64"; what it stands on where that is not the float model."""
-        on = "" if self.base == FP_BASE else f", the rest {labels.plain(self.base)}"
+        base = labels.plain(self.base)
+        on = "" if base == FP_BASE else f", {base}" if base.startswith("about ") else f", the rest {base}"
         return choice_name(self.weight_bits, self.group_size) + on
 
     @property
     def total(self) -> float | None:
-        """The sum of the losses; None where a sum says nothing: losses of whole allocations, or one without end."""
+        """The sum of the losses; None where a sum says nothing, or one of them is not finite."""
         values = [max(0.0, loss) for loss in self.losses.values()]
         total = sum(values)
-        return total if self.base == FP_BASE and is_finite(total) and total > 0 else None
+        return total if self.adds_up and is_finite(total) and total > 0 else None
 
     def share(self, group: str) -> float | None:
         """Of the total, what one group makes."""
@@ -58,6 +60,8 @@ def levels(search: Search) -> list[Level]:
             base=bases[base],
             weight_bits=bits,
             group_size=0 if math.isinf(coarse) else int(-coarse),
+            # A perplexity is that of the whole model, whatever the base.
+            adds_up=bases[base] == FP_BASE and search.objective != "perplexity",
             losses=dict(sorted(found[base, bits, coarse].items(), key=lambda item: order[item[0]])),
         )
         for base, bits, coarse in sorted(found)

@@ -85,6 +85,12 @@ class Study:
         return self.chosen is not None or bool(self.front)
 
     @property
+    def picked(self) -> list[Point]:
+        """Of a front, what stands out: the allocations that were measured further; where none was, all of them."""
+        front = sorted(self.front, key=lambda point: point.bits_per_weight or 0.0)
+        return [point for point in front if point.cell or point.guard_loss is not None] or front
+
+    @property
     def best(self) -> Point | None:
         """The best complete trial so far, while nothing is chosen."""
         complete = [trial for trial in self.trials if trial.counts]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from orchestrator.atlas import labels
-from orchestrator.atlas.search_grid import Grid, bits_squares, choice_name, compact
+from orchestrator.atlas.search_grid import Grid, bits_squares, choice_name, compact, short_choice
 from orchestrator.atlas.search_hurt import grid_of, heaviest, levels, worst
 from orchestrator.atlas.search_rows import is_finite
 
@@ -60,7 +60,7 @@ def about(search: Search) -> str:
         choices = dict.fromkeys(
             (choice.weight_bits, choice.group_size) for group in search.space.groups for choice in group.choices
         )
-        names = ", ".join(f"{bits}-{f'g{size}' if size else 'per-channel'}" for bits, size in sorted(choices))
+        names = ", ".join(short_choice(bits, size) for bits, size in sorted(choices))
         count = labels.counted(len(search.space.groups), "group")
         parts.append(f"{count} of linears, {search.space.num_weights:,} weights, to choose among {names}")
     if search.objective:
@@ -81,15 +81,11 @@ class Shown:
 
 
 def shown_allocations(search: Search) -> list[Shown]:
-    """What each study chose, or has as its best so far; of a front every allocation, the smallest first."""
+    """What each study chose, or has as its best so far; of a front what stands out, the smallest first."""
     found = []
     for study in search.studies:
-        if study.front:
-            points = sorted(study.front, key=lambda point: point.bits_per_weight or 0.0)
-        else:
-            one = study.chosen or study.best
-            points = [one] if one is not None else []
-        for point in points:
+        one = study.chosen or study.best
+        for point in study.picked or ([one] if one is not None else []):
             if point.allocation is not None:
                 bits = "" if point.bits_per_weight is None else f", {point.bits_per_weight:.3f} stored bits per weight"
                 so_far = "" if study.ended else ", best so far"
@@ -139,7 +135,7 @@ def _best_sentences(search: Search, study: Study) -> list[str]:
     if found is None:
         return [f"No complete measurement yet of {tried} tried{budget}."]
     size = "" if found.stored_bytes is None else f" ({labels.megabytes(found.stored_bytes)} MB)"
-    head = f"Of {study.tried:,} allocations tried{budget}, the best"
+    head = f"Of {study.tried:,} allocations tried{budget}, the chosen one"
     if study.chosen is None:
         state = "Nothing was chosen." if study.stopped else "Nothing is chosen yet: it runs or was interrupted."
         head = f"{state} Of {tried} tried{budget}, the best so far"
@@ -151,6 +147,9 @@ def _best_sentences(search: Search, study: Study) -> list[str]:
     if found.guard_loss is not None:
         text += f"; on {_windows(search.guard_windows, 'held-out guard window')} it is {_loss(found.guard_loss)}"
         text += _beside(found.guard_loss, [(start.name, start.guard_loss) for start in study.starts])
+    same = [start.name for start in study.starts if start.allocation and start.allocation == found.allocation]
+    if same:
+        sentences.append(f"It is the start {labels.plain(same[0])} itself.")
     return [*sentences, f"{text}."]
 
 

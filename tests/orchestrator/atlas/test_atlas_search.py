@@ -119,7 +119,8 @@ def test_an_allocation_is_drawn_by_block_and_kind(demo: Path) -> None:
 
 def test_every_chosen_allocation_can_be_selected(demo: Path) -> None:
     names = [one["name"] for one in search_figures(searched(demo))["allocations"]]
-    front = chosen_of(demo, 2)["front"]
+    front = [point for point in chosen_of(demo, 2)["front"] if "guard_loss" in point]
+    assert len(front) == 3
     assert names == [
         *(
             f"{study}, {chosen_of(demo, at)['bits_per_weight']:.3f} stored bits per weight"
@@ -144,8 +145,9 @@ def test_the_front_shows_complete_trials_starts_and_what_was_chosen(demo: Path) 
         assert (star["x"], star["y"]) == ([entry["bits_per_weight"]], [entry["loss"]])
     assert sorted(trace(figure, "uniform")["x"]) == [2.25, 3.25]
     assert len(trace(figure, "knapsack")["x"]) == 2
-    front = trace(figure, "all sizes, chosen")
-    assert front["y"] == [point["loss"] for point in chosen_of(demo, 2)["front"]]
+    front = chosen_of(demo, 2)["front"]
+    assert trace(figure, "all sizes, front")["y"] == [point["loss"] for point in front]
+    assert trace(figure, "all sizes, chosen")["y"] == [point["loss"] for point in front if "guard_loss" in point]
     assert figure["layout"]["yaxis"]["type"] == "log"
     assert figure["layout"]["yaxis"]["title"]["text"] == "KL to unquantized, nats"
 
@@ -284,7 +286,7 @@ def test_a_search_in_any_state_is_shown(tmp_path: Path) -> None:
         "no space": ({"sensitivities": sensitivities}, "13 of 120 groups make half of the summed loss"),
         "trials": ({"space": space, "trials": rows}, "the best so far stores 3.600 bits per weight"),
         "pruned": ({"space": space, "trials": rows[1:4]}, "No complete measurement yet of 3 allocations tried."),
-        "chosen": ({"studies": [entry]}, "the best stores 3.600 bits per weight"),
+        "chosen": ({"studies": [entry]}, "the chosen one stores 3.600 bits per weight"),
         "all but trials": ({"space": space, "studies": [entry], "sensitivities": sensitivities}, "It cost 968 window"),
     }
     for name, (written, said) in states.items():
@@ -313,6 +315,28 @@ def test_a_running_search_shows_its_best_so_far(tmp_path: Path) -> None:
     assert one["name"].startswith("3.6 bits, best so far, 3.6")
     assert one["figure"] == allocation_figure(space, tuple(entry["allocation"]))
     assert trace(front_figure(search), "3.6 bits, best so far")["y"] == [entry["loss"]]
+
+
+def test_the_searchs_file_says_the_objective_while_nothing_is_chosen(tmp_path: Path) -> None:
+    space = demo_space()
+    directory = write_search(write_sweep(tmp_path / "out"), space=space, sensitivities=sensitivity_rows(space))
+    records = Records(directory)
+    records.write_json(records.file, {"search": {"objective": "perplexity", "windows": 12, "guard_windows": 6}})
+    search = searched(directory)
+    assert (search.objective, search.num_windows, search.guard_windows) == ("perplexity", 12, 6)
+    texts = hurt_texts(search)
+    assert texts is not None
+    assert {row[3] for row in texts.rows} == {"–"}  # a perplexity is the whole model's, so a sum says nothing
+
+
+def test_where_a_start_was_chosen_it_is_said(tmp_path: Path) -> None:
+    space = demo_space()
+    rows, entry = study_rows(space, "3.6 bits", space.budget(3.6, "x"))
+    best = {key: value for key, value in entry["starts"][0].items() if key != "name"}
+    search = searched(write_search(write_sweep(tmp_path / "out"), space=space, trials=rows, studies=[entry | best]))
+    text = " ".join(found_sentences(search, search.studies[0], {}))
+    assert "It is the start knapsack fp itself." in text
+    assert "equal to knapsack fp (" in text
 
 
 def test_experts_share_a_square_and_what_lies_in_no_block_is_told(tmp_path: Path) -> None:
@@ -359,6 +383,8 @@ WRONG = [
     ),
     ("chosen.json", json.dumps({"studies": [{"study": "a", "allocation": [9] * 120}]}), "which has 4 choices"),
     ("chosen.json", b"\xff\xfe\x00", "chosen.json is not readable JSON"),
+    ("search.yaml", '{"search": 3}', "search.yaml: it must hold an object with the settings"),
+    ("search.yaml", "a: [", "search.yaml is not readable YAML"),
     ("space.json", '{"a": 1}', "space.json: it is no list of groups"),
     ("space.json", '[{"linears": ["a.0.b"]}]', r"no list of groups with their choices \(it lacks 'num_weights'\)"),
     ("space.json", '[{"linears": [], "num_weights": 1, "choices": []}]', "a group has linears, weights and choices"),
