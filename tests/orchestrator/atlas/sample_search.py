@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from orchestrator.search.knapsack import solve
 from orchestrator.search.records import SENSITIVITY, TRIALS, Records, space_as_json
 from orchestrator.search.space import Allocation, Choice, Group, Space
-from orchestrator.search.switches import mutated
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -99,7 +98,7 @@ def study_rows(space: Space, study: str, budget: int, generations: int = 20) -> 
     parent, best, forwards = start, min(one["loss"] for one in starts), 2 * (WINDOWS + GUARDS)
     rows: list[Row] = []
     for generation in range(generations):
-        children = [mutated(space, parent, budget, chance) for _ in range(8)]
+        children = [_neighbour(space, parent, budget, chance) for _ in range(8)]
         ranked = sorted(children, key=lambda one: together(space, one))
         for place, child in enumerate(ranked):
             complete = place == 0
@@ -155,6 +154,16 @@ def _point(space: Space, name: str, allocation: Allocation) -> Row:
         "loss": loss,
         "guard_loss": loss * 1.04,
     }
+
+
+def _neighbour(space: Space, parent: Allocation, budget: int, chance: Random) -> Allocation:
+    """One group a choice down and one up, within the budget."""
+    while True:
+        down, up = chance.sample(range(len(parent)), 2)
+        child = tuple(index - (at == down) + (at == up) for at, index in enumerate(parent))
+        fits = all(0 <= index < len(BITS) for index in child)
+        if fits and space.stored_bytes(child) <= budget:
+            return child
 
 
 def front_study(space: Space) -> Row:

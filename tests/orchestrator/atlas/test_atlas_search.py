@@ -284,10 +284,16 @@ def test_a_search_in_any_state_is_shown(tmp_path: Path) -> None:
         "space": ({"space": space}, "120 groups of linears"),
         "some": ({"space": space, "sensitivities": sensitivities[:50]}, "50 of 480 choices are measured so far."),
         "no space": ({"sensitivities": sensitivities}, "13 of 120 groups make half of the summed loss"),
-        "trials": ({"space": space, "trials": rows}, "the best so far stores 3.600 bits per weight"),
+        "trials": (
+            {"space": space, "trials": rows},
+            f"the best so far stores {entry['bits_per_weight']:.3f} bits per weight",
+        ),
         "pruned": ({"space": space, "trials": rows[1:4]}, "No complete measurement yet of 3 allocations tried."),
-        "chosen": ({"studies": [entry]}, "the chosen one stores 3.600 bits per weight"),
-        "all but trials": ({"space": space, "studies": [entry], "sensitivities": sensitivities}, "It cost 968 window"),
+        "chosen": ({"studies": [entry]}, f"the chosen one stores {entry['bits_per_weight']:.3f} bits per weight"),
+        "all but trials": (
+            {"space": space, "studies": [entry], "sensitivities": sensitivities},
+            f"It cost {entry['window_forwards']:,} window",
+        ),
     }
     for name, (written, said) in states.items():
         directory = write_search(write_sweep(tmp_path / name), **written)
