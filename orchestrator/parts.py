@@ -37,14 +37,14 @@ _ATTEMPTS, _PAUSE_SECONDS = 40, 0.05
 
 
 class DamagedPartError(BitatlasError):
-    """A part of the store cannot be read."""
+    """A part of the store cannot be read; `part` and `why` are for those who know of another remedy."""
 
     def __init__(self, part: Path, why: object) -> None:
         """Name the part and the remedy."""
-        text = " ".join(str(why).split())
+        self.part, self.why = part, " ".join(str(why).split())
         super().__init__(
-            f"{part} is damaged, not a readable Parquet file ({text}); run the sweep with the same command again: it "
-            "sets this part aside and computes its jobs again"
+            f"{part} is damaged, not a readable Parquet file ({self.why}); run the sweep with the same command again: "
+            "it sets this part aside and computes its jobs again"
         )
 
 

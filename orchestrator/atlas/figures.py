@@ -264,7 +264,7 @@ def _layout(model_map: ModelMap, column: Column, axis: _Axis, ceiling: float | N
     title = html.escape(model_map.title(column)) + (", %" if column in model_map.percent else "")
     y_axis: Figure = {"title": {"text": title}, "type": "log" if logarithmic else "linear"}
     if logarithmic:
-        y_axis |= _log_ticks(min(values), ceiling or max(values))
+        y_axis |= log_ticks(min(values), ceiling or max(values))
         low = math.log10(min(values))
         high = math.log10(ceiling or max(values))
         # Room for the strip above; to see beyond the ceiling, double-click.
@@ -299,7 +299,7 @@ def _with_room(front: Sequence[tuple[float, float]], y_axis: Figure) -> set[tupl
     return set(named)
 
 
-def _log_ticks(low: float, high: float) -> Figure:
+def log_ticks(low: float, high: float) -> Figure:
     """Round numbers at a readable distance: plotly's own choice leaves one decade almost bare."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     steps = [1] if high / low > 1e3 else [1, 2, 5] if high / low > 8 else [1, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9]

@@ -1,12 +1,17 @@
-"""Reads a sweep's directory: the sweep file and, with `load_items`, the Parquet parts. Only these two read files."""
+"""Reads a sweep's directory: the sweep file and the Parquet parts.
+
+Only this file, `load_items` and `load_search` read files.
+"""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.atlas.assemble import assemble
 from orchestrator.atlas.load_items import load_items
+from orchestrator.atlas.load_search import load_search
 from orchestrator.compaction import visible
 from orchestrator.errors import BitatlasError
 from orchestrator.parts import opened, steadily
@@ -31,7 +36,8 @@ def load(directory: Path) -> Atlas:
     config = _read_sweep_file(directory)
     results, layers, events = (steadily(partial(_read_table, directory, table)) for table in (RESULTS, LAYERS, EVENTS))
     items = steadily(partial(load_items, directory))
-    return assemble(config, results, layers, events, items, default_name=directory.resolve().name)
+    atlas = assemble(config, results, layers, events, items, default_name=directory.resolve().name)
+    return replace(atlas, search=load_search(directory))
 
 
 def _read_sweep_file(directory: Path) -> dict[str, Any]:

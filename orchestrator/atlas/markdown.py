@@ -9,22 +9,17 @@ from orchestrator.atlas.advice import deployments
 from orchestrator.atlas.against_texts import NOTE as AGAINST_NOTE
 from orchestrator.atlas.against_texts import TITLE as AGAINST_TITLE
 from orchestrator.atlas.against_texts import against_lines
+from orchestrator.atlas.markdown_text import escape, table
 from orchestrator.atlas.provenance import census_text, protocol_lines, provenance_lines
+from orchestrator.atlas.search_markdown import search_lines
 from orchestrator.atlas.seeds import NOTE, seed_rows
 from orchestrator.atlas.tables import Entry, ModelMap, State
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
     from orchestrator.atlas.rows import Atlas
     from orchestrator.atlas.tables import Column
-
-_SPECIAL = str.maketrans({char: f"\\{char}" for char in "\\`*[]|#~"} | {"<": "&lt;", ">": "&gt;", "&": "&amp;"})
-
-
-def escape(text: str) -> str:
-    """Text that markdown and HTML leave as it is, on one line."""
-    return labels.plain(text).translate(_SPECIAL)
 
 
 def render_markdown(atlas: Atlas, maps: Sequence[ModelMap]) -> str:
@@ -34,17 +29,12 @@ def render_markdown(atlas: Atlas, maps: Sequence[ModelMap]) -> str:
         lines += [f"Running: {escape(name)}", ""]
     if not maps:
         lines += ["The sweep file names no model and no row is written yet.", ""]
+    lines += search_lines(atlas, maps)
     for model_map in maps:
         lines += _model(model_map)
     lines += _failures(maps)
     lines += _provenance(atlas, maps)
     return "\n".join(lines).rstrip() + "\n"
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1) -> list[str]:
-    """A markdown table of escaped cells; the first `left` columns are words, the others numbers."""
-    rule = ["---" if index < left else "---:" for index in range(len(header))]
-    return [f"| {' | '.join(row)} |" for row in [header, rule, *rows]] + [""]
 
 
 def _model(model_map: ModelMap) -> list[str]:

@@ -16,6 +16,8 @@ from orchestrator.atlas.against_texts import against_lines
 from orchestrator.atlas.figures import CURVE_AXES, curves, describe, method_colours, trade_off, unplaced
 from orchestrator.atlas.layer_figures import layer_figures
 from orchestrator.atlas.provenance import census_text, protocol_lines, provenance_lines
+from orchestrator.atlas.search_page import search_section
+from orchestrator.atlas.search_texts import cell_labels_of
 from orchestrator.atlas.seeds import NOTE as SEED_NOTE
 from orchestrator.atlas.seeds import seed_rows
 
@@ -29,6 +31,9 @@ if TYPE_CHECKING:
 TEMPLATE = "page.html.jinja"
 STYLE = "page.css"
 SCRIPT = "page.js.jinja"  # plain JavaScript; the suffix makes it package data
+SEARCH_STYLE = "search.css"
+SEARCH_SCRIPT = "search.js.jinja"
+_SEARCH_PLACE = "  // {{ search }}\n"  # in the script; it and the style hold no more than the page needs
 
 
 def render_page(atlas: Atlas, maps: Sequence[ModelMap], *, made_at: datetime) -> str:
@@ -44,7 +49,10 @@ def render_page(atlas: Atlas, maps: Sequence[ModelMap], *, made_at: datetime) ->
     from plotly.offline import get_plotlyjs
 
     here = Path(__file__).parent
-    scripts = [text.replace("\r", "") for text in (get_plotlyjs(), (here / SCRIPT).read_text(encoding="utf-8"))]
+    scripts = [text.replace("\r", "") for text in (get_plotlyjs(), _script(here, atlas))]
+    search = search_section(atlas.search, cell_labels_of(maps)) if atlas.search else None
+    if search:
+        search["figures"] = Markup(_json_for_script(search["figures"]))
     environment = Environment(
         loader=FileSystemLoader(here), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -71,14 +79,25 @@ def render_page(atlas: Atlas, maps: Sequence[ModelMap], *, made_at: datetime) ->
                 "base-uri 'none'",
             ]
         ),
-        style=Markup((here / STYLE).read_text(encoding="utf-8")),
+        style=Markup(_style(here, atlas)),
         plotly=Markup(scripts[0]),
         script=Markup(scripts[1]),
         seed_note=SEED_NOTE,
         against_title=AGAINST_TITLE,
         against_note=AGAINST_NOTE,
+        search=search,
         figures=Markup(_json_for_script([_figures(atlas, model_map, colours) for model_map in maps])),
     )
+
+
+def _style(here: Path, atlas: Atlas) -> str:
+    names = [STYLE, SEARCH_STYLE] if atlas.search else [STYLE]
+    return "".join((here / name).read_text(encoding="utf-8") for name in names)
+
+
+def _script(here: Path, atlas: Atlas) -> str:
+    of_search = (here / SEARCH_SCRIPT).read_text(encoding="utf-8") if atlas.search else ""
+    return (here / SCRIPT).read_text(encoding="utf-8").replace(_SEARCH_PLACE, of_search)
 
 
 def _script_hash(text: str) -> str:

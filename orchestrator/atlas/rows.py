@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from orchestrator.atlas.search_rows import Search
+
 CellKey: TypeAlias = tuple[str, str]
 """(model, cell_id)."""
 ItemKey: TypeAlias = tuple[str, str, str, str, str]
@@ -129,6 +131,7 @@ class Atlas:
     layers: tuple[Layer, ...]
     history: History
     items: Mapping[ItemKey, ItemScores]
+    search: Search | None = None  # of `bitatlas search`, where the sweep is what one ended in
 
 
 def canonical(value: object) -> str:

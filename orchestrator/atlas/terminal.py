@@ -18,6 +18,7 @@ from orchestrator.atlas.against_texts import NOTE as AGAINST_NOTE
 from orchestrator.atlas.against_texts import TITLE as AGAINST_TITLE
 from orchestrator.atlas.against_texts import against_lines
 from orchestrator.atlas.provenance import census_text, protocol_lines, provenance_lines
+from orchestrator.atlas.search_terminal import print_search
 from orchestrator.atlas.seeds import seed_rows
 from orchestrator.atlas.tables import HEAT_LEVELS, Entry, ModelMap, State
 
@@ -49,6 +50,8 @@ def print_atlas(atlas: Atlas, maps: Sequence[ModelMap], console: Console) -> Non
         console.print(Text(f"running: {labels.plain(name)}", style="dim"))
     if not maps:
         console.print(Text("The sweep file names no model and no row is written yet."))
+    if atlas.search is not None:
+        print_search(atlas.search, maps, console)
     for model_map in maps:
         _print_model(model_map, console)
     _print_failures(maps, console)

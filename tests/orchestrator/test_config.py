@@ -286,7 +286,7 @@ def test_the_packaged_sweeps_are_valid():
 
 
 def test_a_search_file_is_pointed_to_its_command(make_sweep):
-    with pytest.raises(BitatlasError, match="is a search file .* run it with `bitatlas search`"):
+    with pytest.raises(BitatlasError, match=r"is a search file .* run it with `bitatlas search`"):
         make_sweep(search={"bank": {}})
 
 
