@@ -177,8 +177,11 @@ class SearchRun:
         uniform = largest_uniform(self._space, budget.stored_bytes)
         name = FP if base == FP or uniform is None else uniform.name
         mixture = base_of(self._space, name, None if uniform is None else uniform.allocation)
-        with self._view.phase(f"sensitivity ({name})", self._sensitivity_windows * len(every_choice(self._space))):
-            return table(self._space, self._measured(name, mixture, every_choice(self._space)))
+        places = [(place, index) for place, index in every_choice(self._space) if mixture[place] != index]
+        with self._view.phase(f"sensitivity ({name})", self._sensitivity_windows * len(places)):
+            rows = self._measured(name, mixture, places)
+            (loss,) = self._objective.losses([mixture], self._sensitivity_windows, "sensitivity")
+        return table(self._space, rows, loss)
 
     def _about(self, budget: Budget, allocation: Allocation) -> list[Start]:
         """Knapsacks about an allocation, by the loss of each step from it."""

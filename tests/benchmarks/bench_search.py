@@ -23,7 +23,10 @@ SAMPLERS = ("level-switch", "tpe", "random")
 BANK = (2, 3, 4, 5, 6, 8)
 EVALUATIONS = 24
 # All uniform cells between the bank's least and the largest budget; W4 per channel takes 4.04 bits.
-UNIFORM = [{"method": "gptq", "weight_bits": 3, "group_size": [32, 64, 128, "per_channel"]}]
+UNIFORM = [
+    {"method": "gptq", "weight_bits": 3, "group_size": [32, 64, "per_channel"]},
+    {"method": "gptq", "weight_bits": 3, "group_size": 128, "tail_group": True},
+]
 
 
 def measure(root, *, seeds=(0,), budgets=BUDGETS, evaluations=EVALUATIONS):

@@ -43,7 +43,7 @@ def write_search(path, *, search=None, **changes):
             "sequence_length": 64,
             "windows": 6,
             "guard_windows": 3,
-            "evaluations": 10,
+            "evaluations": 30,
             "offspring": 6,
             "sensitivity": {"bases": ["fp", "uniform"], "windows": 1},
         }
@@ -163,7 +163,7 @@ def test_the_same_command_again_does_nothing_new(done):
 def test_more_evaluations_go_on_with_the_trials_that_are_there(done, tmp_path):
     _, out = done
     before = [row for row in Records(out).rows(TRIALS) if row["study"] == "3.3 bits"]
-    more = write_search(tmp_path / "search.yaml", search={"evaluations": 16, "budgets": [3.3]})
+    more = write_search(tmp_path / "search.yaml", search={"evaluations": 40, "budgets": [3.3], "patience": 1000})
     assert search(more, out) == 0
     after = [row for row in Records(out).rows(TRIALS) if row["study"] == "3.3 bits"]
     assert after[: len(before)] == before
@@ -175,7 +175,7 @@ def test_more_evaluations_go_on_with_the_trials_that_are_there(done, tmp_path):
 
 def test_another_sampler_is_another_study_in_the_same_journal(done, tmp_path):
     _, out = done
-    other = write_search(tmp_path / "search.yaml", search={"sampler": "tpe", "budgets": [3.3], "evaluations": 4})
+    other = write_search(tmp_path / "search.yaml", search={"sampler": "tpe", "budgets": [3.3], "evaluations": 8})
     assert search(other, out) == 0
     assert {row["study"] for row in Records(out).rows(TRIALS)} == {"3.3 bits", "4 bits", "3.3 bits, tpe"}
     assert chosen(out)["studies"][0]["cell"] in values(out, "kl_divergence")
@@ -231,6 +231,12 @@ def start(file, out):
     )
 
 
+def is_worker(process):
+    """Ray calls an actor's process by its class while it is idle, else by its job's label."""
+    title = " ".join(process.cmdline())
+    return title.startswith(("ray::WorkerActor", "ray::sensitivity", "ray::3.3 bits"))
+
+
 def wait_until(condition, process, seconds=240):
     deadline = time.monotonic() + seconds
     while not condition():
@@ -239,16 +245,17 @@ def wait_until(condition, process, seconds=240):
         time.sleep(0.1)
 
 
+@pytest.mark.long
 def test_kill_9_of_a_worker_and_of_the_driver(tmp_path):
     """On real Ray: the worker is replaced; the next command goes on with the trials that were there."""
-    file = write_search(tmp_path / "search.yaml", search={"budgets": [3.3], "evaluations": 60, "patience": 1000})
+    file = write_search(tmp_path / "search.yaml", search={"budgets": [3.3], "evaluations": 90, "patience": 1000})
     out = tmp_path / "out"
     records = Records(out)
     process = start(file, out)
     try:
         wait_until(lambda: len(records.rows(SENSITIVITY)) > 0, process)
         driver = psutil.Process(process.pid)
-        workers = [child for child in driver.children(recursive=True) if "WorkerActor" in " ".join(child.cmdline())]
+        workers = [child for child in driver.children(recursive=True) if is_worker(child)]
         workers[0].send_signal(signal.SIGKILL)
         wait_until(lambda: len(records.rows(TRIALS)) > 8, process)
     finally:
@@ -263,9 +270,9 @@ def test_kill_9_of_a_worker_and_of_the_driver(tmp_path):
     assert after[: len(before)] == before
     assert len({row["trial"] for row in after}) == len(after)
     study = chosen(out)["studies"][0]
-    assert study["window_forwards"] >= 60 * 6
+    assert study["window_forwards"] >= 90 * 6
     rows = [(row["base"], row["group"], row["weight_bits"]) for row in records.rows(SENSITIVITY)]
-    assert len(rows) == len(set(rows)) >= 2 * 16 * 3
+    assert len(rows) == len(set(rows)) >= 16 * 3 + 16 * 2
     assert values(out, "kl_divergence")[study["cell"]]["status"] == "ok"
     ended = read_table(out, EVENTS).to_pylist()[-1]
     assert (ended["event"], ended["status"]) == ("session_ended", "ended")
