@@ -86,6 +86,7 @@ class BudgetSearch:
             losses: of single choices; guide level switches.
         """
         settings, name = self._settings, self._name
+        self._began = time.monotonic()
         before = self._objective.window_forwards
         starts = list(starts)
         begun = self._losses(starts)
@@ -109,7 +110,7 @@ class BudgetSearch:
         self._kept = KeptStudy(journal, name, sampler)
         self._study, progress = self._kept.study, self._kept.progress
         self._spent_before = int(progress.get("window_forwards", 0)) - before
-        self._seconds_before, self._began = float(progress.get("seconds", 0.0)), time.monotonic()
+        self._seconds_before = float(progress.get("seconds", 0.0))
         self._guards: dict[str, float] = dict(progress.get("guards", {}))
         if settings.sampler in STARTED and settings.sampler not in STAGED and not self._study.trials:
             self._study.enqueue_trial(params_of(self._space, first.allocation))
@@ -154,7 +155,7 @@ class BudgetSearch:
         seconds, spent, before = self._seconds(), self._spent(), self._kept.progress
         generation_of_best = before.get("generation_of_best", 0)
         generations = int(before.get("generations", 0)) + 1
-        least = min(self._guards.values(), default=math.inf)
+        least = min((loss for loss in self._guards.values() if not math.isnan(loss)), default=math.inf)
         if least < float(before.get("guard_loss", math.inf)):
             generation_of_best = generations
         self._kept.keep(

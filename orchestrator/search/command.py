@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -88,17 +89,14 @@ def search_command(
     _check_same(records, found.identity)
     again = f"bitatlas search {file}" + (f" --out {out}" if out else "") + (f" --cache {cache}" if cache else "")
     stop = threading.Event()
-    with (
-        started_pool(sweep, layout, FACTORY, console, address=address, workers=workers, variables=variables) as running,
-        Store(layout) as store,
-        interrupts(stop, console),
-    ):
-        remove_other_witnesses(running.witness)
+    summary = None
+    with started_pool(
+        sweep, layout, FACTORY, console, address=address, workers=workers, variables=variables
+    ) as running:
         _check_seen(running.pool, layout)
-        try:
+        with Store(layout) as store, interrupts(stop, console), suppress(InterruptedSearchError):
+            remove_other_witnesses(running.witness)
             summary = _Session(found, layout, records, running.pool, console, stop, shared).run(store)
-        except InterruptedSearchError:
-            summary = None
     if summary is None or summary.interrupted:
         console.print(f"stopped: what is done is kept; go on with: {again}", highlight=False, soft_wrap=True)
         return INTERRUPTED
