@@ -124,7 +124,7 @@ class SearchRun:
             limit = settings.evaluations * settings.windows
             with self._view.phase(budget.name, limit):
                 studies.append(
-                    self._budget_search(budget).run(records.journal, begun, tables[settings.sensitivity.bases[-1]])
+                    self._budget_search(budget).run(records.journal, begun, tables[settings.sensitivity.bases[0]])
                 )
             self._view.say(_told(studies[-1]))
         if settings.front is not None:
