@@ -18,6 +18,13 @@ PROBES, ALONE = 6, 24
 
 
 def measure(root):
+    from orchestrator.models.float_products import fast_products
+
+    with fast_products("cpu"):  # as workers compute
+        return _measured(root)
+
+
+def _measured(root):
     import torch
 
     from evaluators.corpora import Corpus, calibration_windows
