@@ -15,7 +15,6 @@ from orchestrator.config import CorpusField, Strict, Sweep, describe, expand, pa
 from orchestrator.errors import BitatlasError
 from orchestrator.scheme import Scheme
 
-BUDGETED = ("level-switch", "tpe", "gp", "random")
 SamplerName = Literal["level-switch", "tpe", "gp", "random"]
 FrontSamplerName = Literal["nsga2", "tpe", "random"]
 

@@ -176,6 +176,8 @@ class SearchRun:
         """Sensitivities on a base."""
         uniform = largest_uniform(self._space, budget.stored_bytes)
         name = FP if base == FP or uniform is None else uniform.name
+        if base != FP and uniform is None:
+            self._view.say(f"no uniform allocation fits {budget.name}: its sensitivities are those of the float model")
         mixture = base_of(self._space, name, None if uniform is None else uniform.allocation)
         places = [(place, index) for place, index in every_choice(self._space) if mixture[place] != index]
         with self._view.phase(f"sensitivity ({name})", self._sensitivity_windows * len(places)):

@@ -22,7 +22,22 @@ from orchestrator.search.switches import Losses, fitted, mutated, random_allocat
 _TRIES = 20  # to find an allocation that was not asked for yet
 
 
-class LevelSwitchSampler(BaseSampler):  # type: ignore[misc]  # optuna is not followed by the type checker
+class _GroupSampler(BaseSampler):  # type: ignore[misc]  # optuna is not followed by the type checker
+    """All parameters are groups' and are drawn together: one alone says nothing of a budget."""
+
+    def sample_independent(
+        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        """Parameters of no group are not searched.
+
+        Raises:
+            ValueError: always; names the parameter.
+        """
+        del study, trial, param_distribution
+        raise ValueError(f"{param_name} is no group of the space that is searched")
+
+
+class LevelSwitchSampler(_GroupSampler):
     """Level switches from the best complete trial; the first trial is the start, usually the knapsack's solution."""
 
     def __init__(
@@ -84,19 +99,8 @@ class LevelSwitchSampler(BaseSampler):  # type: ignore[misc]  # optuna is not fo
                 break
         return params_of(self._space, child)
 
-    def sample_independent(
-        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
-    ) -> Any:
-        """Parameters of no group are not this sampler's.
 
-        Raises:
-            ValueError: always; names the parameter.
-        """
-        del study, trial, param_distribution
-        raise ValueError(f"{param_name} is no group of the space that is searched")
-
-
-class Within(BaseSampler):  # type: ignore[misc]
+class Within(_GroupSampler):
     """Another sampler's proposals, made to fit a budget: those that know of no budget propose what does not fit.
 
     What is too much is taken from groups by chance, what is left is spent by chance, and the trial has the parameters
@@ -141,17 +145,6 @@ class Within(BaseSampler):  # type: ignore[misc]
         return params_of(
             self._space, fitted(self._space, allocation_of(self._space, proposed), self._budget_bytes, chance)
         )
-
-    def sample_independent(
-        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
-    ) -> Any:
-        """Parameters of no group are not searched.
-
-        Raises:
-            ValueError: always; names the parameter.
-        """
-        del study, trial, param_distribution
-        raise ValueError(f"{param_name} is no group of the space that is searched")
 
 
 def distributions(space: Space) -> dict[str, BaseDistribution]:
