@@ -88,17 +88,46 @@ def token_divergence(reference: TopTokens, chunk: LogitChunk) -> tuple[torch.Ten
     """
     ids_NK = reference.ids_NK.to(chunk.logits_NV.device, torch.int64)
     log_q_NK = chunk.logits_NV.gather(1, ids_NK) - chunk.normalizer_N[:, None]
-    log_q_N = _log_rest(chunk, ids_NK)
+    divergence_N = _divergence(reference, log_q_NK, _log_rest(chunk, ids_NK))
+    agreement_N = (chunk.best_N.cpu() == reference.best_N).double()
+    return divergence_N, agreement_N.masked_fill(divergence_N.isnan(), math.nan)
+
+
+def token_losses(
+    reference: TopTokens, logits_NV: torch.Tensor, targets_N: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """KL(reference || model) and the negative log-likelihood of a target per position, float64 [N] each, in nats.
+
+    In about half the time of log-probabilities and `token_divergence`, for a search that asks for nothing else: one
+    exponential per logit serves both normalizers. It differs by float32's rounding, and a rest of less than 1e-38 of
+    the most likely token's probability counts as that much.
+
+    Args:
+        reference: what was kept of these positions.
+        logits_NV: float32, of the model under test. Overwritten.
+        targets_N: int64 token ids.
+    """
+    ids_NK = reference.ids_NK.to(logits_NV.device, torch.int64)
+    shifted_NV = logits_NV.sub_(logits_NV.amax(dim=1, keepdim=True))
+    top_NK, target_N = shifted_NV.gather(1, ids_NK), shifted_NV.gather(1, targets_N[:, None])[:, 0]
+    shares_NV = shifted_NV.exp_()
+    normalizer_N = shares_NV.sum(dim=1).log()
+    rest_N = shares_NV.scatter_(1, ids_NK, 0.0).sum(dim=1).clamp_min_(torch.finfo(torch.float32).tiny).log()
+    # Nothing can be left of a distribution that is not one: scattering may have covered what was not a number.
+    rest_N = (rest_N - normalizer_N).masked_fill_(normalizer_N.isnan(), math.nan)
+    divergence_N = _divergence(reference, top_NK - normalizer_N[:, None], rest_N)
+    return divergence_N, (normalizer_N - target_N).cpu().double()
+
+
+def _divergence(reference: TopTokens, log_q_NK: torch.Tensor, rest_N: torch.Tensor) -> torch.Tensor:
     # In float64 and on the CPU: small beside the logits, and not every device has float64.
     log_p = torch.cat([reference.log_probabilities_NK, reference.rest_N[:, None]], dim=1).double()
-    log_q = torch.cat([log_q_NK, log_q_N[:, None]], dim=1).cpu().double()
+    log_q = torch.cat([log_q_NK, rest_N[:, None]], dim=1).cpu().double()
     p, q = log_p.exp(), log_q.exp()
     # sum(q) - sum(p) is 0 but for the rounding of the float32 normalizers; with it every term is at least 0, and that
     # rounding, which would be as large as the divergence of a good 8-bit model, counts in second order only.
     terms = torch.where(p == 0, q, p * (log_p - log_q) - p + q)
-    divergence_N = terms.sum(dim=1)
-    agreement_N = (chunk.best_N.cpu() == reference.best_N).double()
-    return divergence_N, agreement_N.masked_fill(divergence_N.isnan(), math.nan)
+    return terms.sum(dim=1)
 
 
 def _log_rest(chunk: LogitChunk, ids_NK: torch.Tensor) -> torch.Tensor:

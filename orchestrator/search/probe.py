@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from evaluators.divergence import Comparison
-from evaluators.head import hidden_states, split, token_log_probabilities
-from evaluators.perplexity import window_tokens
+from evaluators.divergence import token_losses
+from evaluators.head import hidden_states, split, target_chunks
 from orchestrator.search.space import Space
 from quantizers.bank import Bank, Variant
 from quantizers.families import blocks_of, family_of
@@ -70,7 +69,6 @@ class Probe:
         family = family_of(model)
         self._blocks = blocks_of(model, family)
         self._space, self._windows, self._reference = space, windows, reference
-        self._tokens = window_tokens(windows)
         self._bank: Bank[Key] = Bank(model, variants)
         self._first_block = [_block_of(group.linears[0], family.blocks) for group in space.groups]
         self._base: Mixture | None = None
@@ -132,13 +130,14 @@ class Probe:
     def _loss(self, window: int, start: int) -> WindowLoss:
         with self._begun(window, start):
             hidden_NH = self._forward(window)
-        comparison = Comparison([self._tokens[window]], lambda _: self._reference(window))
-        ids_N = torch.tensor(self._windows[window, 1:])
-        log_probabilities, _ = token_log_probabilities(
-            self._parts, hidden_NH, ids_N.to(self._parts.device), observe=comparison
-        )
-        (divergence,) = comparison.result().window_kls
-        return WindowLoss(divergence, float(-log_probabilities.cpu().double().mean()))
+        reference, ids_N = self._reference(window), torch.tensor(self._windows[window, 1:])
+        divergences, nlls = [], []
+        for first, logits, _, targets in target_chunks(self._parts, hidden_NH, torch.arange(len(ids_N)), ids_N):
+            own = reference.rows(first, first + len(logits))
+            divergence_N, nll_N = token_losses(own, logits.float(), targets)
+            divergences.append(divergence_N)
+            nlls.append(nll_N)
+        return WindowLoss(float(torch.cat(divergences).mean()), float(torch.cat(nlls).mean()))
 
     def _forward(self, window: int) -> Tensor:
         """Hidden states [T - 1, H] of all positions that have a token after them."""

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evaluators.corpora import PADDING
-from evaluators.divergence import Comparison, Recorder, TopTokens, token_divergence, top_tokens
+from evaluators.divergence import Comparison, Recorder, TopTokens, token_divergence, token_losses, top_tokens
 from evaluators.head import LogitChunk
 from evaluators.perplexity import perplexity, window_tokens
 
@@ -197,6 +197,33 @@ def test_probabilities_of_zero_and_what_is_no_number(p, q, expected, k):
     found, agrees = divergence_of([p], [q], k)
     assert found.item() == pytest.approx(expected, rel=1e-5, nan_ok=True)
     assert agrees.isnan().item() == math.isnan(expected)
+
+
+@settings(max_examples=200, deadline=None)
+@given(p=LOGITS, q=LOGITS, k=st.integers(1, 12), target=st.integers(0, 11))
+def test_both_losses_at_once_are_those_of_each(p, q, k, target):
+    reference, logits = top_tokens(chunk_of([p]), k), torch.tensor([q])
+    divergence_N, nll_N = token_losses(reference, logits.clone(), torch.tensor([target]))
+    expected, _ = token_divergence(reference, chunk_of([q]))
+    torch.testing.assert_close(divergence_N, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(nll_N, -logits.double().log_softmax(1)[:, target], rtol=1e-5, atol=1e-5)
+    assert divergence_N.item() >= -1e-12
+
+
+def test_both_losses_at_once_of_what_is_no_number_and_of_nothing_left():
+    p = np.array([0.5, 0.3, 0.2])
+    reference, target = top_tokens(chunk_of(np.log([p])), 2), torch.tensor([0])
+    divergence_N, nll_N = token_losses(reference, torch.tensor([[0.0, 0.0, math.nan]]), target)
+    assert math.isnan(divergence_N.item())
+    assert math.isnan(nll_N.item())
+    # A rest that float32 has no number for counts as the least that it has one for, 1.2e-38.
+    divergence_N, _ = token_losses(reference, torch.tensor([[0.0, 0.0, -200.0]]), target)
+    q = np.array([0.5, 0.5, torch.finfo(torch.float32).tiny / 2])
+    assert divergence_N.item() == pytest.approx((p * np.log(p / q)).sum(), rel=1e-5)
+    # A kept token's own is not cut off.
+    divergence_N, _ = token_losses(reference, torch.tensor([[0.0, -200.0, 0.0]]), target)
+    expected, _ = token_divergence(reference, chunk_of([[0.0, -200.0, 0.0]]))
+    assert divergence_N.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_what_is_kept():
