@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 MANIFEST = "artifact.json"
 _FORMAT = "bitatlas-artifact/2"
+_SCALES = ("input_scale_I", "output_scale_O")  # of a StoredLinear: tensors under their own names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +34,8 @@ class Artifact:
     """A finished artifact.
 
     Args:
-        manifest: the parsed `artifact.json`: `linears` (name -> shape, encoding, file, quantized activations, errors),
+        manifest: the parsed `artifact.json`: `linears` (name -> shape, encoding, file, quantized activations, scales
+            of a rescaled block, errors),
             `dense` (changed parameter -> file), `files` (name -> sha256), and whatever facts the writer was given.
     """
 
@@ -98,7 +100,8 @@ def read_linear(name: str, facts: Mapping[str, Any], tensors: Mapping[str, Tenso
         None if facts[place] is None else ActivationQuantizer.from_spec(facts[place]) for place in ("inputs", "outputs")
     )
     weight = ENCODINGS[facts["encoding"]].unpack(packed, facts["spec"], shape)
-    return StoredLinear(name=name, weight=weight, inputs=inputs, outputs=outputs)
+    scales = {scale: tensors[f"{name}.{scale}"] for scale in facts.get("rescaled", ())}  # absent of older artifacts
+    return StoredLinear(name=name, weight=weight, inputs=inputs, outputs=outputs, **scales)
 
 
 class ArtifactWriter:
@@ -123,6 +126,8 @@ class ArtifactWriter:
             packed = linear.weight.pack()
             # safetensors refuses tensors that share memory, as the column groups of one stage do: hence the clone
             tensors |= {f"{linear.name}.{part}": tensor.contiguous().clone() for part, tensor in packed.items()}
+            scales = {scale: getattr(linear, scale) for scale in _SCALES if getattr(linear, scale) is not None}
+            tensors |= {f"{linear.name}.{scale}": value.cpu().contiguous() for scale, value in scales.items()}
             out_features, in_features = linear.weight.shape
             self._linears[linear.name] = {
                 "out_features": out_features,
@@ -133,6 +138,7 @@ class ArtifactWriter:
                 "outputs": linear.outputs.spec() if linear.outputs else None,
                 "file": file,
                 "parts": list(packed),
+                "rescaled": list(scales),
                 "stored_bytes": linear.stored_bytes,
                 "published_bits_per_weight": linear.weight.published_bits_per_weight,
                 "weight_error": linear.weight_error,

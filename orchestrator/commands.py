@@ -50,10 +50,8 @@ def run_command(
     cache: Path | None = None,
 ) -> int:
     """Run or resume a sweep; the exit status."""
-    from orchestrator.claim import claim_output
     from orchestrator.damage import damaged_parts
-    from orchestrator.running import check_is_kept, drive, interrupts, started_pool
-    from orchestrator.shared_cache import usable_cache
+    from orchestrator.running import drive, interrupts, same_again, started_pool, taken
     from orchestrator.store import Store
     from orchestrator.sweep import finished_jobs
     from orchestrator.witness import remove_other_witnesses
@@ -61,11 +59,8 @@ def run_command(
 
     console = Console()
     sweep, variables = _read(file, console)
-    layout = _layout(sweep, out)
-    check_is_kept("--out", layout.root)
-    check_is_kept("--cache", cache)
-    claim_output(layout, sweep)
-    shared = None if cache is None else usable_cache(cache, layout.root)
+    place = taken(sweep, out, cache)
+    layout = place.layout
     inputs, plan = _prepare(sweep, file, console)
     # A damaged part is for the driver to set aside, and its jobs are then not done.
     if layout.sweep.exists() and not damaged_parts(layout) and len(finished_jobs(layout, plan)) == len(plan.jobs):
@@ -80,8 +75,8 @@ def run_command(
         interrupts(stop, console),
     ):
         remove_other_witnesses(running.witness)
-        summary = drive(sweep, plan, inputs, layout, store, running.pool, console, stop=stop, cache=shared)
-    again = f"bitatlas run {file}" + (f" --out {out}" if out else "") + (f" --cache {cache}" if cache else "")
+        summary = drive(sweep, plan, inputs, layout, store, running.pool, console, stop=stop, cache=place.cache)
+    again = same_again("run", file, out, cache)
     return _conclude(summary, again, layout, console, report=report)
 
 

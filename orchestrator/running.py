@@ -41,6 +41,39 @@ def check_is_kept(option: str, directory: Path | None) -> None:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a sweep leaves what it makes.
+
+    Args:
+        cache: where it shares it, usable; None shares nothing.
+    """
+
+    layout: Layout
+    cache: Path | None
+
+
+def taken(sweep: Sweep, out: Path | None, cache: Path | None) -> Place:
+    """The output directory that was asked for, or the sweep's own, free or already this sweep's.
+
+    Raises:
+        BitatlasError: it is another sweep's, would be lost with a job, or the cache cannot be used.
+    """
+    from orchestrator.claim import claim_output
+    from orchestrator.shared_cache import usable_cache
+
+    layout = Layout(out if out is not None else Path("outputs") / sweep.name)
+    check_is_kept("--out", layout.root)
+    check_is_kept("--cache", cache)
+    claim_output(layout, sweep)
+    return Place(layout=layout, cache=None if cache is None else usable_cache(cache, layout.root))
+
+
+def same_again(command: str, file: Path, out: Path | None, cache: Path | None) -> str:
+    """The command that goes on with what was stopped."""
+    return f"bitatlas {command} {file}" + (f" --out {out}" if out else "") + (f" --cache {cache}" if cache else "")
+
+
 def with_data(sweep: Sweep, file: str, console: Console) -> tuple[Sweep, Mapping[str, str]]:
     """A sweep that reads its bundle, if it has one, and the variables that its workers need for that.
 

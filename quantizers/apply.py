@@ -22,12 +22,16 @@ class StoredLinear:
         name: full dotted name of the linear in the model, without ".weight".
         inputs: how its inputs are quantized; None leaves them alone.
         outputs: how its outputs are quantized, likewise.
+        input_scale_I: float32, what its inputs were divided by when its block was rescaled; None is ones.
+        output_scale_O: likewise of its outputs.
     """
 
     name: str
     weight: QuantizedWeight
     inputs: ActivationQuantizer | None = None
     outputs: ActivationQuantizer | None = None
+    input_scale_I: Tensor | None = None
+    output_scale_O: Tensor | None = None
 
     @property
     def stored_bytes(self) -> int:

@@ -52,7 +52,8 @@ class Awq(Method):
     search_windows: int = 2
 
     name: ClassVar[str] = "awq"
-    code_version: ClassVar[str] = "awq/3"
+    code_version: ClassVar[str] = "awq/4"
+    only_rescales: ClassVar[bool] = True
     default_convention: ClassVar[str] = "awq-asym"
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"corrected": {}, "as_published": {"search_windows": 0}}
 

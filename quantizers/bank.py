@@ -8,17 +8,25 @@ than their bytes.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from quantizers.errors import QuantizationError
 from quantizers.families import linear_at
-from quantizers.quantized_weight import QuantizedWeight
 
 Key = TypeVar("Key")
-Variant = Callable[[], QuantizedWeight]
+
+
+class Decodable(Protocol):
+    """A `QuantizedWeight`, or what stands for one."""
+
+    def decode(self) -> Tensor:
+        """The float32 [O, I] weight that it stands for."""
+
+
+Variant = Callable[[], Decodable]
 """Gives a variant when it is asked for: as it lies in memory, or read from where it is stored."""
 
 
@@ -67,7 +75,7 @@ class Bank(Generic[Key]):
             self._chosen[name] = key
         return changed
 
-    def _decoded(self, name: str, variant: QuantizedWeight) -> Tensor:
+    def _decoded(self, name: str, variant: Decodable) -> Tensor:
         original, value = self._originals[name], variant.decode()
         if value.shape != original.shape:
             raise QuantizationError(f"{name}: a variant of shape {tuple(value.shape)}, not {tuple(original.shape)}")

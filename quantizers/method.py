@@ -121,12 +121,14 @@ class BlockTransform:
         dense: parameter or module-less name within the block ("input_layernorm.weight", "self_attn.v_proj.bias") ->
             its new value in the model's dtype. Part of the artifact.
         input_scales: linear -> float32 [I] by which its inputs are now divided; ones where left out.
+        output_scales: linear -> float32 [O] by which its outputs are now divided; likewise.
     """
 
     references: Mapping[str, Tensor] = field(default_factory=dict)
     targets: Mapping[str, Tensor] = field(default_factory=dict)
     dense: Mapping[str, Tensor] = field(default_factory=dict)
     input_scales: Mapping[str, Tensor] = field(default_factory=dict)
+    output_scales: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,6 +164,9 @@ class Method(ABC):
     default_convention: ClassVar[str] = "gptq-asym"
     weight_bits: ClassVar[tuple[int, ...]] = (1, 2, 3, 4, 5, 6, 7, 8)
     encoding: ClassVar[str] = UniformWeight.encoding  # of the weights that `quantize` returns
+    # Whether all that `transform` rewrites is said by its input and output scales, so that a linear of one artifact can
+    # stand among those of others (`rescaling.RestoredWeight`).
+    only_rescales: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Check the fields.

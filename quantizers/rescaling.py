@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from quantizers.errors import QuantizationError
 from quantizers.families import Family, linear_at
 from quantizers.method import BlockTransform
+from quantizers.quantized_weight import QuantizedWeight
 
 
 @dataclass
@@ -29,6 +30,7 @@ class Rescaling:
         weights: linear -> its float32 weight so far, for those that changed.
         dense: parameter within the block -> its changed value in the model's dtype.
         input_scales: linear -> what its inputs are divided by.
+        output_scales: linear -> what its outputs are divided by.
     """
 
     block: nn.Module
@@ -36,6 +38,7 @@ class Rescaling:
     weights: dict[str, Tensor] = field(default_factory=dict)
     dense: dict[str, Tensor] = field(default_factory=dict)
     input_scales: dict[str, Tensor] = field(default_factory=dict)
+    output_scales: dict[str, Tensor] = field(default_factory=dict)
 
     def weight(self, name: str) -> Tensor:
         """A linear's float32 [O, I] weight as rewritten so far."""
@@ -63,6 +66,7 @@ class Rescaling:
     def linear_to_linear(self, producer: str, consumer: str, scale_O: Tensor) -> None:
         """Divide what a linear puts out by `scale_O` (float32, above 0) and make up for it in the one that reads it."""
         self.weights[producer] = self.weight(producer) / scale_O[:, None]
+        self.output_scales[producer] = self.output_scales.get(producer, torch.ones_like(scale_O)) * scale_O
         bias = linear_at(self.block, producer).bias
         if bias is not None:
             self.dense[f"{producer}.bias"] = (bias.float() / scale_O).to(bias.dtype)
@@ -75,8 +79,35 @@ class Rescaling:
     def transform(self, targets: dict[str, Tensor] | None = None) -> BlockTransform:
         """What the engine needs to know of it."""
         return BlockTransform(
-            references=self.weights, targets=targets or {}, dense=self.dense, input_scales=self.input_scales
+            references=self.weights,
+            targets=targets or {},
+            dense=self.dense,
+            input_scales=self.input_scales,
+            output_scales=self.output_scales,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RestoredWeight:
+    """A linear of a rescaled block as it acts in the block as it was: among linears that were rescaled otherwise, or
+    not at all.
+
+    Args:
+        weight: of the rescaled block.
+        input_scale_I: what its inputs were divided by; None is ones.
+        output_scale_O: what its outputs were divided by, likewise.
+    """
+
+    weight: QuantizedWeight
+    input_scale_I: Tensor | None = None
+    output_scale_O: Tensor | None = None
+
+    def decode(self) -> Tensor:
+        """The float32 [O, I] weight that computes, on the block's own inputs, what this one did on rescaled ones."""
+        value_OI = self.weight.decode()
+        if self.input_scale_I is not None:
+            value_OI = value_OI / self.input_scale_I
+        return value_OI if self.output_scale_O is None else value_OI * self.output_scale_O[:, None]
 
 
 def value_reaches_output_unmixed(block: nn.Module, family: Family) -> bool:

@@ -364,6 +364,8 @@ def _quantize_stage(
             weight=quantized,
             inputs=inputs,
             outputs=outputs,
+            input_scale_I=transform.input_scales.get(name),
+            output_scale_O=transform.output_scales.get(name),
             weight_error=weight_error,
             output_error=output_error,
             damping=outcome.damping,

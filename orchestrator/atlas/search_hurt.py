@@ -60,8 +60,8 @@ def levels(search: Search) -> list[Level]:
             base=bases[base],
             weight_bits=bits,
             group_size=0 if math.isinf(coarse) else int(-coarse),
-            # A perplexity is that of the whole model, whatever the base.
-            adds_up=bases[base] == FP_BASE and search.objective != "perplexity",
+            # A divergence is nothing in the float model; other losses are those of the whole model.
+            adds_up=bases[base] == FP_BASE and search.objective in ("kl_divergence", ""),
             losses=dict(sorted(found[base, bits, coarse].items(), key=lambda item: order[item[0]])),
         )
         for base, bits, coarse in sorted(found)

@@ -45,6 +45,9 @@ def axis_title(search: Search) -> str:
 
 
 def _objective(search: Search) -> tuple[str, str]:
+    of_task = search.objective.removeprefix("task")
+    if of_task != search.objective:
+        return f"cross entropy among the choices of {labels.plain(of_task.strip()) or 'a task'}", "nats"
     return _OBJECTIVES.get(search.objective, (labels.plain(search.objective).replace("_", " ") or "loss", ""))
 
 

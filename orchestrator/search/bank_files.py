@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,9 +11,8 @@ from orchestrator.artifacts import find_artifact, read_linear, set_aside, sha256
 from orchestrator.errors import DamagedFileError
 
 if TYPE_CHECKING:
-    from orchestrator.search.probe import Key
-    from quantizers.bank import Variant
-    from quantizers.quantized_weight import QuantizedWeight
+    from orchestrator.search.mixtures import Key
+    from quantizers.bank import Decodable, Variant
 
 
 def variants_of(artifacts: Mapping[Key, str]) -> dict[str, dict[Key, Variant]]:
@@ -50,11 +49,15 @@ def _checked(directory: Path) -> Mapping[str, Any]:
     return artifact.manifest
 
 
-def _read(file: Path, name: str, facts: Mapping[str, Any]) -> QuantizedWeight:
+def _read(file: Path, name: str, facts: Mapping[str, Any]) -> Decodable:
+    """The linear as it acts among others, which were rescaled otherwise or not at all."""
     from safetensors import safe_open
 
+    from quantizers.rescaling import RestoredWeight
+
     with safe_open(file, framework="pt") as tensors:  # memory-mapped: workers of a node share its pages
-        parts: Sequence[str] = facts["parts"]
-        return read_linear(
-            name, facts, {f"{name}.{part}": tensors.get_tensor(f"{name}.{part}") for part in parts}
-        ).weight
+        parts = [f"{name}.{part}" for part in (*facts["parts"], *facts.get("rescaled", ()))]
+        linear = read_linear(name, facts, {part: tensors.get_tensor(part) for part in parts})
+    return RestoredWeight(
+        weight=linear.weight, input_scale_I=linear.input_scale_I, output_scale_O=linear.output_scale_O
+    )

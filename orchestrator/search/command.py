@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from rich.console import Console
 
-from orchestrator.claim import claim_output, write_sweep
+from orchestrator.claim import write_sweep
 from orchestrator.commands import INTERRUPTED, OK, SOME_FAILED, report_command
 from orchestrator.config import Sweep, resolved
 from orchestrator.errors import BitatlasError
 from orchestrator.inputs import Inputs, prepare
 from orchestrator.layout import Layout
 from orchestrator.plan import Plan, content_hash, make_plan
-from orchestrator.running import check_is_kept, drive, interrupts, started_pool, with_data
+from orchestrator.running import drive, interrupts, same_again, started_pool, taken, with_data
 from orchestrator.scheme import Scheme, parse_scheme
 from orchestrator.search.budget import Budget
 from orchestrator.search.config import Search, read_search
@@ -29,9 +29,9 @@ from orchestrator.search.records import Records, space_as_json
 from orchestrator.search.run import SearchRun, budgets_of, space_of
 from orchestrator.search.space import Allocation, Space
 from orchestrator.search.starts import largest_uniform
-from orchestrator.search.tokens import search_windows
+from orchestrator.search.tokens import search_windows, task_units
 from orchestrator.search.view import SearchView
-from orchestrator.search.worker import FACTORY
+from orchestrator.search.worker import FACTORY, TaskUnits, facts_of
 from orchestrator.store import Store
 from orchestrator.sweep import Summary, finished_jobs
 from orchestrator.witness import remove_other_witnesses
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from cluster.pool import Pool
-    from orchestrator.search.probe import Key
+    from orchestrator.search.mixtures import Key
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ class Prepared:
     """A search with everything that could be wrong looked at.
 
     Args:
-        windows: of the search, then of the guard.
+        windows: of the search, then of the guard; or units of a task.
         identity: content hash of the space, the tokens and what allocations are judged by: what is recorded of one
             identity says nothing of another.
     """
@@ -58,7 +58,7 @@ class Prepared:
     inputs: Inputs
     space: Space
     budgets: list[Budget]
-    windows: NDArray[np.int64]
+    windows: NDArray[np.int64] | TaskUnits
     identity: str
 
 
@@ -72,22 +72,17 @@ def search_command(
     cache: Path | None = None,
 ) -> int:
     """Run a search, or go on with it; the exit status."""
-    from orchestrator.shared_cache import usable_cache
-
     console = Console()
     search = read_search(file)
     sweep, variables = with_data(search.sweep, str(file), console)
     search = replace(search, sweep=sweep)
-    layout = Layout(out if out is not None else Path("outputs") / sweep.name)
-    check_is_kept("--out", layout.root)
-    check_is_kept("--cache", cache)
-    claim_output(layout, sweep)
-    shared = None if cache is None else usable_cache(cache, layout.root)
+    place = taken(sweep, out, cache)
+    layout = place.layout
     with console.status("reading the model and data (a packaged model is converted on first use) ..."):
         found = prepared(search, str(file))
     records = Records(layout.root)
     _check_same(records, found.identity)
-    again = f"bitatlas search {file}" + (f" --out {out}" if out else "") + (f" --cache {cache}" if cache else "")
+    again = same_again("search", file, out, cache)
     stop = threading.Event()
     summary = None
     with started_pool(
@@ -96,7 +91,7 @@ def search_command(
         _check_seen(running.pool, layout)
         with Store(layout) as store, interrupts(stop, console), suppress(InterruptedSearchError):
             remove_other_witnesses(running.witness)
-            summary = _Session(found, layout, records, running.pool, console, stop, shared).run(store)
+            summary = _Session(found, layout, records, running.pool, console, stop, place.cache).run(store)
     if summary is None or summary.interrupted:
         console.print(f"stopped: what is done is kept; go on with: {again}", highlight=False, soft_wrap=True)
         return INTERRUPTED
@@ -120,13 +115,13 @@ def prepared(search: Search, file: str) -> Prepared:
     model = inputs.models[search.model]
     space = space_of(search, model, file)
     budgets = budgets_of(search, space, model, file)
-    windows = search_windows(search, model, file)
+    windows = task_units(search, file) or search_windows(search, model, file)
     facts = [
         model.digest,
         model.dtype,
         [scheme.as_entry() for scheme in search.bank],
         space_as_json(space),
-        windows.tolist(),
+        facts_of(windows),
         search.settings.windows,
         search.settings.objective,
     ]

@@ -11,12 +11,14 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from orchestrator.config import CorpusField, Strict, Sweep, describe, expand, parse_sweep, read_yaml
+from evaluators.tasks import generates
+from orchestrator.config import CorpusField, Strict, Sweep, TaskName, describe, expand, parse_sweep, read_yaml
 from orchestrator.errors import BitatlasError
 from orchestrator.scheme import Scheme
 
 SamplerName = Literal["level-switch", "tpe", "gp", "random"]
 FrontSamplerName = Literal["nsga2", "tpe", "random"]
+ObjectiveName = Literal["kl_divergence", "perplexity", "task"]
 
 
 class StageConfig(Strict):
@@ -42,6 +44,22 @@ class FrontConfig(Strict):
     cells: int = Field(default=3, ge=1)
 
 
+class ObjectiveTask(Strict):
+    """A task of choices whose documents steer, in place of a corpus."""
+
+    name: TaskName
+    num_fewshot: int | None = Field(default=None, ge=0)
+
+    @field_validator("name")
+    @classmethod
+    def _of_choices(cls, name: str) -> str:
+        if generates(name):
+            raise PydanticCustomError(
+                "told", "the answers to {task} are texts, which have no loss; name a task of choices", {"task": name}
+            )
+        return name
+
+
 class SearchConfig(Strict):
     """What is searched, by what, on which tokens, and for how long.
 
@@ -53,7 +71,8 @@ class SearchConfig(Strict):
     pinned: dict[str, Any] = Field(default_factory=dict)
     budgets: tuple[float | dict[str, int], ...] = ()
     front: FrontConfig | None = None
-    objective: Literal["kl_divergence", "perplexity"] = "kl_divergence"
+    objective: ObjectiveName = "kl_divergence"
+    task: ObjectiveTask | None = None
     corpus: CorpusField | None = None
     sequence_length: int = Field(default=512, ge=2)
     windows: int = Field(default=16, ge=1)
@@ -93,6 +112,24 @@ class SearchConfig(Strict):
         if self.sensitivity.windows > self.windows:
             raise PydanticCustomError("told", f"sensitivity.windows is more than the {self.windows} search.windows")
         return self
+
+    @model_validator(mode="after")
+    def _steered_by_one_text(self) -> SearchConfig:
+        if (self.objective == "task") != (self.task is not None):
+            raise PydanticCustomError(
+                "told", "search.objective = task and search.task belong together; give both or none"
+            )
+        if self.task is not None and self.model_fields_set & {"corpus", "sequence_length"}:
+            raise PydanticCustomError(
+                "told",
+                "search.corpus and search.sequence_length are of token windows; with objective = task leave both out",
+            )
+        return self
+
+    @property
+    def objective_name(self) -> str:
+        """`kl_divergence`, `perplexity` or `task arc_easy`."""
+        return self.objective if self.task is None else f"task {self.task.name}"
 
     @property
     def all_stages(self) -> tuple[StageConfig, ...]:
@@ -177,7 +214,7 @@ def parse_search(document: Any, file: str) -> Search:
         raise BitatlasError(f"{file}: models names {len(sweep.models)} models; a search is of one")
     if len(sweep.calibration) > 1:
         raise BitatlasError(f"{file}: calibration names {len(sweep.calibration)} recipes; a search has one")
-    if settings.corpus is None and not sweep.calibration:
+    if settings.corpus is None and settings.task is None and not sweep.calibration:
         raise BitatlasError(
             f"{file}: search.corpus is missing, and there is no calibration whose corpus could be read on"
         )
@@ -218,10 +255,11 @@ def _choices(bank: Mapping[str, Any], where: str, file: str) -> tuple[Scheme, ..
             raise BitatlasError(f"{where}: choices differ in weight_bits and group_size alone; {scheme.label} does not")
     if first.activation_bits != 16:
         raise BitatlasError(f"{where}.activation_bits: a search is of weights; leave activations alone")
-    if type(method).transform is not Method.transform or method.encoding != UniformWeight.encoding:
+    alone = type(method).transform is Method.transform or method.only_rescales
+    if not alone or method.encoding != UniformWeight.encoding:
         raise BitatlasError(
             f"{where}.method = {first.method!r}: its variants cannot stand beside each other, or take bytes that only "
-            "the weights tell; use gptq, gptaq or rtn"
+            "the weights tell; use gptq, gptaq, awq or rtn"
         )
     return tuple(schemes)
 

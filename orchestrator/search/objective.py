@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from typing import Protocol
 
+from orchestrator.search.config import ObjectiveName
 from orchestrator.search.crew import Losses
-from orchestrator.search.probe import Mixture
+from orchestrator.search.mixtures import Mixture
 from orchestrator.search.worker import Request
-
-Kind = Literal["kl_divergence", "perplexity"]
 
 
 class Measuring(Protocol):
@@ -31,7 +30,7 @@ class Objective:
         window_forwards: windows that were run so far.
     """
 
-    def __init__(self, crew: Measuring, kind: Kind, *, windows: int, guard_windows: int) -> None:
+    def __init__(self, crew: Measuring, kind: ObjectiveName, *, windows: int, guard_windows: int) -> None:
         """Nothing is measured yet.
 
         Args:
@@ -82,7 +81,7 @@ class Objective:
 
     def _mean(self, mixture: Mixture, windows: Sequence[int]) -> float:
         known = self._known[mixture]
-        if self._kind == "kl_divergence":
+        if self._kind != "perplexity":  # a divergence, or a cross entropy
             return math.fsum(known[window][0] for window in windows) / len(windows)
         mean = math.fsum(known[window][1] for window in windows) / len(windows)
         return math.exp(mean) if mean < 700 else math.inf

@@ -1,22 +1,21 @@
 """How far a mixed model is from the float one: losses on some windows, with everything in memory.
 
-The float model's most likely tokens are known; of a probe only the linears that differ from the last one are decoded,
-and of its forward pass only the blocks from the first one on that differs from a base whose hidden states are kept.
+The float model's most likely tokens are known; of a forward pass only those blocks are run that come from the first one
+on that differs from a base whose hidden states are kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 
 from evaluators.divergence import token_losses
 from evaluators.head import hidden_states, split, target_chunks
-from orchestrator.search.space import Space
-from quantizers.bank import Bank, Variant
+from orchestrator.search.mixtures import Mixture, Mixtures
 from quantizers.families import blocks_of, family_of
 
 if TYPE_CHECKING:
@@ -26,11 +25,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from evaluators.divergence import TopTokens
-
-Key = tuple[int, int]
-"""(weight_bits, group_size)."""
-Mixture = tuple[int | None, ...]
-"""Of each group the index of its choice, or None for its float weights: an allocation is one without None."""
 
 _PREFIX_BYTES = 4 << 30
 
@@ -47,9 +41,7 @@ class Probe:
 
     def __init__(
         self,
-        model: Any,
-        space: Space,
-        variants: Mapping[str, Mapping[Key, Variant]],
+        mixtures: Mixtures,
         windows: NDArray[np.int64],
         reference: Callable[[int], TopTokens],
         *,
@@ -58,26 +50,23 @@ class Probe:
         """Take a model with its float weights in place.
 
         Args:
-            model: a transformers causal LM; nobody else changes its weights until `close`.
-            space: whose groups and choices mixtures speak of.
-            variants: linear -> (weight_bits, group_size) -> as it is stored; one for each choice of its group.
+            mixtures: of the model.
             windows: int64 [W, T], whole ones.
             reference: window -> what the float model finds likely there.
             prefix_bytes: the most that hidden states of a base may take; windows beyond that are run whole.
         """
-        self._parts = split(model)
-        family = family_of(model)
-        self._blocks = blocks_of(model, family)
-        self._space, self._windows, self._reference = space, windows, reference
-        self._bank: Bank[Key] = Bank(model, variants)
-        self._first_block = [_block_of(group.linears[0], family.blocks) for group in space.groups]
+        self._parts = split(mixtures.model)
+        family = family_of(mixtures.model)
+        self._blocks = blocks_of(mixtures.model, family)
+        self._mixtures, self._windows, self._reference = mixtures, windows, reference
+        self._first_block = [_block_of(group.linears[0], family.blocks) for group in mixtures.space.groups]
         self._base: Mixture | None = None
         self._prefixes: dict[int, list[Tensor]] = {}  # of the base: window -> hidden states before each block
         self._prefix_bytes, self._held_bytes = prefix_bytes, 0
 
     def close(self) -> None:
         """Put the float weights back."""
-        self._bank.apply({})
+        self._mixtures.close()
         self._prefixes.clear()
 
     @torch.inference_mode()
@@ -94,7 +83,7 @@ class Probe:
             start = self._shared_blocks(mixture, base)
             if start:
                 self._keep(base, windows)
-        self._apply(mixture)
+        self._mixtures.apply(mixture)
         return [self._loss(window, start if window in self._prefixes else 0) for window in windows]
 
     def _shared_blocks(self, mixture: Mixture, base: Mixture) -> int:
@@ -110,7 +99,7 @@ class Probe:
         missing = [window for window in windows if window not in self._prefixes]
         if not missing or self._held_bytes >= self._prefix_bytes:
             return
-        self._apply(base)
+        self._mixtures.apply(base)
         for window in missing:
             if self._held_bytes >= self._prefix_bytes:
                 return
@@ -118,14 +107,6 @@ class Probe:
                 self._forward(window)
             self._prefixes[window] = hidden
             self._held_bytes += sum(states.nbytes for states in hidden)
-
-    def _apply(self, mixture: Mixture) -> None:
-        choice: dict[str, Key | None] = {}
-        for group, index in zip(self._space.groups, mixture, strict=True):
-            if index is not None:
-                found = group.choices[index]
-                choice |= dict.fromkeys(group.linears, (found.weight_bits, found.group_size))
-        self._bank.apply(choice)
 
     def _loss(self, window: int, start: int) -> WindowLoss:
         with self._begun(window, start):

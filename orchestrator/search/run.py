@@ -21,13 +21,13 @@ from orchestrator.search.sensitivity import FP, Place, base_of, every_choice, me
 from orchestrator.search.space import Allocation, Space, make_space
 from orchestrator.search.starts import Start, about, largest_uniform, neighbours, starts, uniform_allocations
 from orchestrator.search.view import SearchView
-from orchestrator.search.worker import Setting
+from orchestrator.search.worker import Setting, TaskUnits, facts_of
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from orchestrator.search.probe import Key, Mixture
+    from orchestrator.search.mixtures import Key, Mixture
 
 
 def space_of(search: Search, model: ModelInput, file: str) -> Space:
@@ -81,7 +81,7 @@ class SearchRun:
         model: ModelInput,
         space: Space,
         budgets: Sequence[Budget],
-        windows: NDArray[np.int64],
+        windows: NDArray[np.int64] | TaskUnits,
         artifacts: Mapping[Key, str],
         records: Records,
         pool: Pool,
@@ -95,7 +95,7 @@ class SearchRun:
         described = [
             facts["digest"],
             facts["dtype"],
-            windows.tolist(),
+            facts_of(windows),
             sorted(artifacts.values()),
             space_as_json(space),
         ]
@@ -143,7 +143,7 @@ class SearchRun:
         return {
             "search": search.sweep.name,
             "model": search.model,
-            "objective": settings.objective,
+            "objective": settings.objective_name,
             "num_windows": settings.windows,
             "guard_windows": settings.guard_windows,
             "studies": studies,

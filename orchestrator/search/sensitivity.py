@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
+from orchestrator.search.mixtures import Mixture
 from orchestrator.search.objective import Objective
-from orchestrator.search.probe import Mixture
 from orchestrator.search.space import Allocation, Space
 
 FP = "fp"

@@ -1,20 +1,52 @@
-"""The tokens of a search: windows that it is steered by and windows of its guard, apart from those of calibration."""
+"""What a search is steered by, and what its guard is measured on: windows of tokens apart from those of calibration, or
+units of a task's documents."""
 
 from __future__ import annotations
 
 import math
+from random import Random
 from typing import TYPE_CHECKING
 
 from evaluators.corpora import Corpus, calibration_windows
 from evaluators.errors import EvaluationError
+from evaluators.harness import check_protocol, count_units, task_identity
+from evaluators.slices import UNIT_DOCUMENTS
 from orchestrator.errors import BitatlasError
 from orchestrator.inputs import ModelInput
 from orchestrator.models.loading import load_tokenizer
 from orchestrator.search.config import Search
+from orchestrator.search.worker import TaskUnits
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+
+def task_units(search: Search, file: str) -> TaskUnits | None:
+    """What of a task steers, and then what guards; None where a corpus does.
+
+    Raises:
+        BitatlasError: the task cannot be scored, or has too few documents.
+    """
+    settings, where = search.settings, f"{file}: search.task"
+    if settings.task is None:
+        return None
+    name, num_fewshot = settings.task.name, settings.task.num_fewshot
+    needed = settings.windows + settings.guard_windows
+    try:
+        check_protocol(name, num_fewshot)
+        total = count_units(name, num_fewshot=num_fewshot)
+    except EvaluationError as error:
+        raise BitatlasError(f"{where}: {error}") from error
+    if needed > total:
+        raise BitatlasError(
+            f"{where}: {name} has {total} units of {UNIT_DOCUMENTS} documents, fewer than search.windows + "
+            f"guard_windows = {needed}; ask for less"
+        )
+    chosen = tuple(Random(settings.seed).sample(range(total), needed))
+    return TaskUnits(
+        name=name, num_fewshot=num_fewshot, units=chosen, total=total, identity=task_identity(name, num_fewshot)
+    )
 
 
 def search_windows(search: Search, model: ModelInput, file: str) -> NDArray[np.int64]:

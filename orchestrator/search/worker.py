@@ -7,8 +7,8 @@ be measured.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import asdict, dataclass
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.search.bank_files import variants_of
@@ -19,9 +19,33 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from orchestrator.search.probe import Key, Mixture, Probe
+    from orchestrator.search.mixtures import Key, Mixture, Mixtures
+    from orchestrator.search.probe import Probe
+    from orchestrator.search.task_probe import ChoicesLoss, TaskProbe
 
 FACTORY = "orchestrator.search.worker:SearchWorker"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskUnits:
+    """Documents of a task as the windows of a search; a unit is what the scorer packs together.
+
+    Args:
+        units: window -> index of its unit: those of the search, then those of the guard.
+        total: how many units the task has.
+        identity: what the task's scores depend on.
+    """
+
+    name: str
+    num_fewshot: int | None
+    units: tuple[int, ...]
+    total: int
+    identity: Mapping[str, str]
+
+
+def facts_of(windows: NDArray[np.int64] | TaskUnits) -> Any:
+    """What they are, for a content hash."""
+    return asdict(windows) if isinstance(windows, TaskUnits) else windows.tolist()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,14 +56,14 @@ class Setting:
         key: content hash of all of it.
         model: `source`, `dtype` and `digest`.
         artifacts: the bank: (weight_bits, group_size) -> directory.
-        windows: int64 [W, T]: those of the search, then those of the guard.
+        windows: int64 [W, T]: those of the search, then those of the guard; or units of a task.
     """
 
     key: str
     model: Mapping[str, str]
     space: Space
     artifacts: Mapping[Key, str]
-    windows: NDArray[np.int64]
+    windows: NDArray[np.int64] | TaskUnits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +99,7 @@ def probe_payload(setting: Setting, requests: Sequence[Request], label: str, mem
 class SearchWorker(Worker):
     """Quantizes, evaluates and probes on one device."""
 
-    _probe: Probe | None = None
+    _probe: Probe | TaskProbe | None = None
     _setting: str | None = None
 
     def _do(self, payload: Mapping[str, Any]) -> dict[str, Any]:
@@ -86,7 +110,7 @@ class SearchWorker(Worker):
         return super()._do(payload)
 
     def _measure(self, setting: Setting, payload: Mapping[str, Any]) -> dict[str, Any]:
-        """Losses of every request, in order: a list of (divergence, nll) of each of its windows."""
+        """Losses of every request, in order: of each of its windows (divergence, nll), or (cross entropy, errors)."""
         probe = self._prepared(setting, payload)
         requests: Sequence[Request] = payload["requests"]
         told = self._progress("allocation")
@@ -96,19 +120,45 @@ class SearchWorker(Worker):
             told(done, len(requests))
         return {"losses": losses}
 
-    def _prepared(self, setting: Setting, payload: Mapping[str, Any]) -> Probe:
+    def _prepared(self, setting: Setting, payload: Mapping[str, Any]) -> Probe | TaskProbe:
         from orchestrator.search.probe import Probe
+        from orchestrator.search.task_probe import TaskProbe
 
         if self._probe is None or self._setting != setting.key:
             self._end_probe()
             model = self._load(setting.model)
             self._remove_artifact()
-            read, _ = self._reference(payload)
-            self._report("opening the bank")
-            variants = variants_of(setting.artifacts)
-            self._probe = Probe(model, setting.space, variants, setting.windows, cache(read))
+            windows = setting.windows
+            if isinstance(windows, TaskUnits):
+                loss = partial(self._choices_loss, windows, memory_share=payload["memory_share"])
+                self._probe = TaskProbe(self._mixtures(model, setting), loss)
+            else:
+                read, _ = self._reference(payload)  # before a bank has hold of the weights
+                self._probe = Probe(self._mixtures(model, setting), windows, cache(read))
             self._setting = setting.key
         return self._probe
+
+    def _mixtures(self, model: Any, setting: Setting) -> Mixtures:
+        from orchestrator.search.mixtures import Mixtures
+
+        self._report("opening the bank")
+        return Mixtures(model, setting.space, variants_of(setting.artifacts))
+
+    def _choices_loss(self, of: TaskUnits, window: int, *, memory_share: float) -> ChoicesLoss:
+        """Of the model as it is, on one unit of the task."""
+        from evaluators.harness import evaluate_task
+        from evaluators.slices import Slice
+        from orchestrator.search.task_probe import choices_loss
+
+        found = evaluate_task(
+            self._model,
+            self._tokenizer,
+            of.name,
+            num_fewshot=of.num_fewshot,
+            part=Slice(of.units[window], of.total),
+            memory_share=memory_share,
+        )
+        return choices_loss(found.items)
 
     def _end_probe(self) -> None:
         if self._probe is not None:

@@ -35,6 +35,7 @@ def _measured(root):
     from orchestrator.models.source import resolve_model
     from orchestrator.scheme import parse_scheme
     from orchestrator.search.bank_files import variants_of
+    from orchestrator.search.mixtures import Mixtures
     from orchestrator.search.probe import Probe
     from orchestrator.search.space import make_space
     from orchestrator.search.switches import random_allocation
@@ -64,7 +65,7 @@ def _measured(root):
         }
         reference = []
         perplexity(model, windows, observe=Recorder(window_tokens(windows), lambda _, found: reference.append(found)))
-        probe = Probe(model, space, variants_of(artifacts), windows, reference.__getitem__)
+        probe = Probe(Mixtures(model, space, variants_of(artifacts)), windows, reference.__getitem__)
         chance, budget = Random(0), space.budget(3.6, "budget")
         drawn = [random_allocation(space, budget, chance) for _ in range(PROBES)]
         probe.losses(drawn[0], range(2))  # warm

@@ -1,6 +1,7 @@
 """Rescalings change no output, whatever is rescaled and however its norms are rounded."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from quantizers.block import record_inputs, run_block
 from quantizers.block_source import InMemory
 from quantizers.errors import QuantizationError
 from quantizers.families import family_of
-from quantizers.rescaling import Rescaling, value_reaches_output_unmixed
+from quantizers.rescaling import Rescaling, RestoredWeight, value_reaches_output_unmixed
 from tests.outliers import make_outliers
 
 
@@ -89,7 +90,23 @@ def test_input_scales_say_what_inputs_are_divided_by(llama):
     rescaling.linear_to_linear("mlp.up_proj", "mlp.down_proj", scale)
     rescaling.linear_to_linear("mlp.up_proj", "mlp.down_proj", scale)
     assert torch.allclose(rescaling.transform().input_scales["mlp.down_proj"], scale * scale)
+    assert torch.allclose(rescaling.transform().output_scales["mlp.up_proj"], scale * scale)
     assert "mlp.gate_proj" not in rescaling.transform().input_scales
+    assert "mlp.down_proj" not in rescaling.transform().output_scales
+
+
+def test_restored_weights_are_those_of_the_block_as_it_was(any_model):
+    """To rounding, where nothing is quantized: the scales undo all that was rescaled."""
+    block = any_model.model.layers[0]
+    transform = rescale_everything(block, family_of(any_model)).transform()
+    assert transform.output_scales
+    for name, rescaled in transform.references.items():
+        restored = RestoredWeight(
+            weight=SimpleNamespace(decode=lambda rescaled=rescaled: rescaled),
+            input_scale_I=transform.input_scales.get(name),
+            output_scale_O=transform.output_scales.get(name),
+        )
+        torch.testing.assert_close(restored.decode(), block.get_submodule(name).weight.float(), rtol=1e-5, atol=1e-7)
 
 
 def test_a_norm_that_is_not_finite_is_refused_by_name(llama):

@@ -13,6 +13,7 @@ from evaluators.divergence import Comparison, Recorder
 from evaluators.perplexity import perplexity, window_tokens
 from orchestrator.models.loading import load_model, load_tokenizer
 from orchestrator.scheme import parse_scheme
+from orchestrator.search.mixtures import Mixtures
 from orchestrator.search.probe import Probe
 from orchestrator.search.space import make_space
 from orchestrator.search.switches import random_allocation
@@ -67,7 +68,8 @@ class Case:
         model, reference = load_model(TINY), []
         recorder = Recorder(window_tokens(self.windows), lambda _, found: reference.append(found))
         perplexity(model, self.windows, observe=recorder)
-        return Probe(model, self.space, self.variants, self.windows, reference.__getitem__, **settings)
+        mixtures = Mixtures(model, self.space, self.variants)
+        return Probe(mixtures, self.windows, reference.__getitem__, **settings)
 
 
 @pytest.fixture(scope="module")

@@ -67,7 +67,21 @@ def test_a_bundle_is_beside_the_file(tmp_path):
         (with_search(budgets=[]), "search names neither budgets nor front"),
         (with_search(budgets=[0]), "search.budgets: bits per weight must be above 0"),
         (with_search(budgets=[{"bytes": 3}]), "search.budgets: a budget is a number of bits, or {checkpoint_bytes: N}"),
-        (with_search(bank={"method": "awq", "weight_bits": [3, 4]}), "search.bank.method = 'awq': its variants cannot"),
+        (with_search(objective="task"), "search.objective = task and search.task belong together"),
+        (with_search(task={"name": "copa"}), "search.objective = task and search.task belong together"),
+        (
+            with_search(objective="task", task={"name": "copa"}, corpus="lambada"),
+            "search.corpus and search.sequence_length are of token windows",
+        ),
+        (
+            with_search(objective="task", task={"name": "gsm8k"}),
+            "search.task.name: the answers to gsm8k are texts, which have no loss",
+        ),
+        (with_search(objective="task", task={"name": "cola"}), "search.task.name"),
+        (
+            with_search(bank={"method": "slim_llm", "weight_bits": [3, 4], "group_size": 64}),
+            "search.bank.method = 'slim_llm': its variants cannot stand beside each other",
+        ),
         (
             with_search(bank={"method": "gtpq", "weight_bits": 4}),
             "search.bank.method = 'gtpq' is unknown; did you mean",

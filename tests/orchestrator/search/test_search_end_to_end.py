@@ -49,6 +49,7 @@ def write_search(path, *, search=None, **changes):
         }
         | (search or {}),
     }
+    document["search"] = {key: value for key, value in document["search"].items() if value is not None}
     path.write_text(yaml.safe_dump(document | changes))
     return path
 
@@ -181,6 +182,54 @@ def test_another_sampler_is_another_study_in_the_same_journal(done, tmp_path):
     assert chosen(out)["studies"][0]["cell"] in values(out, "kl_divergence")
 
 
+@pytest.fixture(scope="module")
+def by_task(inline, tmp_path_factory):
+    """An AWQ bank, steered by one half of COPA and guarded by the other."""
+    place = tmp_path_factory.mktemp("by-task")
+    changes = {
+        "bank": {"method": "awq", "weight_bits": [3, 4], "group_size": 64},
+        "objective": "task",
+        "task": {"name": "copa"},
+        "budgets": [3.8],
+        "sequence_length": None,
+        "windows": 1,
+        "guard_windows": 1,
+        "evaluations": 10,
+        "offspring": 4,
+        "sensitivity": {"bases": ["fp"], "windows": 1, "rounds": 0},
+    }
+    evaluation = {
+        "perplexity": [{"corpus": "boolq-passages", "sequence_length": 128, "max_windows": 12, "divergence": True}],
+        "tasks": [{"name": "copa"}],
+    }
+    file = write_search(place / "search.yaml", search=changes, evaluation=evaluation)
+    assert search(file, place / "out") == 0
+    return place / "out"
+
+
+def test_a_task_steers_and_guards(by_task):
+    """Losses are cross entropies of two choices; the cell's own score is of the same documents, quantized again."""
+    found = chosen(by_task)
+    assert found["objective"] == "task copa"
+    (study,) = found["studies"]
+    trials = Records(by_task).rows(TRIALS)
+    losses = [row["loss"] for row in trials]
+    assert all(0 < loss < 3 for loss in losses)
+    assert len(set(losses)) > 1
+    assert study["guard_loss"] <= min(start["guard_loss"] for start in study["starts"])
+    assert 0 <= values(by_task, "acc")[study["cell"]]["value"] <= 1
+    page = (by_task / "atlas.html").read_text()
+    assert "cross entropy among the choices of copa" in page
+
+
+def test_an_awq_bank_ends_in_an_awq_cell(by_task):
+    (study,) = chosen(by_task)["studies"]
+    row = values(by_task, "kl_divergence")[study["cell"]]
+    assert (row["method"], row["status"]) == ("awq", "ok")
+    assert row["decoder_bits_per_weight"] == pytest.approx(study["bits_per_weight"], abs=1e-12)
+    assert row["decoder_bits_per_weight"] <= 3.8
+
+
 def test_another_bank_or_objective_is_refused_in_the_same_directory(done, tmp_path, capsys, monkeypatch):
     _, out = done
     for changes in (
@@ -207,6 +256,10 @@ def test_another_bank_or_objective_is_refused_in_the_same_directory(done, tmp_pa
         ({"pinned": {"*nothing*": 4}}, "names no linear"),
         ({"bank": {"method": "gptq", "weight_bits": [3, 4], "group_size": 7}}, "7"),
         ({"windows": 100000}, "search: corpus lambada gives"),
+        (
+            {"objective": "task", "task": {"name": "copa"}, "sequence_length": None},
+            "search.task: copa has 2 units of 64 documents, fewer than search.windows + guard_windows = 9",
+        ),
     ],
 )
 def test_bad_input_is_one_sentence_and_nothing_is_written(changes, told, tmp_path, capsys, monkeypatch):
