@@ -7,6 +7,7 @@ beside and renamed, and rows never change, so anyone may read at any time.
 from __future__ import annotations
 
 import json
+import math
 import secrets
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -116,7 +117,7 @@ class Records:
         return steadily(read)
 
     def write_json(self, path: Path, value: object) -> None:
-        """Write one of the small files, whole or not at all.
+        """Write one of the small files, whole or not at all; null stands for what is no finite number (JSON has none).
 
         Raises:
             BitatlasError: the disk is full or read-only.
@@ -124,7 +125,7 @@ class Records:
         scratch = path.with_name(f".{path.name}.tmp")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            scratch.write_text(json.dumps(value, indent=1), encoding="utf-8")
+            scratch.write_text(json.dumps(_finite(value), indent=1, allow_nan=False), encoding="utf-8")
             scratch.replace(path)
         except OSError as error:
             raise BitatlasError(
@@ -160,3 +161,11 @@ def space_from_json(groups: Sequence[Mapping[str, Any]]) -> Space:
             for group in groups
         )
     )
+
+
+def _finite(value: object) -> object:
+    if isinstance(value, Mapping):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,6 +1,7 @@
 """What a search leaves: rows that never change, small files whole or not at all."""
 
 import json
+import math
 from datetime import UTC, datetime
 
 import pyarrow.parquet as pq
@@ -34,6 +35,12 @@ def test_a_space_survives(tmp_path, make_space_of):
     space, records = make_space_of([[1, 2], [5]]), Records(tmp_path)
     records.write_json(records.space, space_as_json(space))
     assert space_from_json(json.loads(records.space.read_text())) == space
+
+
+def test_what_is_no_finite_number_is_null(tmp_path):
+    records = Records(tmp_path)
+    records.write_json(records.chosen, {"studies": [{"loss": math.nan, "guard_loss": -math.inf, "bits": (1.5, 2)}]})
+    assert json.loads(records.chosen.read_text()) == {"studies": [{"loss": None, "guard_loss": None, "bits": [1.5, 2]}]}
 
 
 def test_a_disk_that_refuses_is_told(tmp_path):
