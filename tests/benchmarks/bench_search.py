@@ -90,7 +90,7 @@ def run(root, directory, seed, sampler, budgets, evaluations):
 
 
 def read(out, budgets):
-    """Held-out KL, perplexity and stored bits of each contender."""
+    """Held-out KL, perplexity and stored bits of each contender, of the samplers that have run."""
     from orchestrator.schema import RESULTS
     from orchestrator.search.records import TRIALS, Records
     from orchestrator.store import read_table
@@ -101,7 +101,8 @@ def read(out, budgets):
         if row["status"] == "ok" and row["metric"] in ("kl_divergence", "perplexity"):
             cell = cells.setdefault(row["cell_id"], {"bits": row["decoder_bits_per_weight"], "options": row["options"]})
             cell[row["metric"]] = row["value"]
-    chosen = {sampler: json.loads((out / f"chosen-{sampler}.json").read_text()) for sampler in SAMPLERS}
+    files = {sampler: out / f"chosen-{sampler}.json" for sampler in SAMPLERS}
+    chosen = {sampler: json.loads(file.read_text()) for sampler, file in files.items() if file.exists()}
     trials = Records(out).rows(TRIALS)
     found = {}
     for place, budget in enumerate(budgets):
@@ -112,8 +113,8 @@ def read(out, budgets):
         }
         best = min(uniform, key=lambda name: uniform[name]["kl_divergence"])
         contenders = {"uniform": cells[best] | {"cell": best}}
-        for sampler in SAMPLERS:
-            study = chosen[sampler]["studies"][place]
+        for sampler, what in chosen.items():
+            study = what["studies"][place]
             facts = ("window_forwards", "seconds", "trials", "loss", "guard_loss")
             contenders[sampler] = cells[study["cell"]] | {"cell": study["cell"]} | {key: study[key] for key in facts}
         for start in chosen["level-switch"]["studies"][place]["starts"]:
@@ -169,5 +170,8 @@ def show(console, figures):
         console.print(table)
 
 
-if __name__ == "__main__":
-    print(json.dumps(read(Path(sys.argv[1]), BUDGETS), indent=1))
+if __name__ == "__main__":  # of directories of seeds, finished or not
+    show(
+        Console(),
+        {"budgets": BUDGETS, "seeds": {place: read(Path(place), BUDGETS) for place in sys.argv[1:]}},
+    )
