@@ -74,7 +74,7 @@ class BudgetSearch:
             offspring: trials per generation of samplers that do not stage: as many as there are workers.
         """
         self._space, self._budget, self._settings = space, budget, settings
-        self._name = study_name(budget.name, settings.sampler, settings.seed)
+        self._name = study_name(budget.name, settings.sampler, settings.seed, alone=not settings.starts)
         self._objective, self._record, self._told = objective, record, told
         self._about, self._offspring = about, offspring
 
@@ -82,7 +82,8 @@ class BudgetSearch:
         """Search, or go on where an earlier session was ended; what `chosen.json` says of the study.
 
         Args:
-            starts: allocations within the budget, at least one; the best is where the sampler begins.
+            starts: allocations within the budget; the best is where the sampler begins. None only where the settings
+                ask for none.
             losses: of single choices; guide level switches.
         """
         settings, name = self._settings, self._name
@@ -97,13 +98,13 @@ class BudgetSearch:
                 break
             starts.append(near[_least(found)])
             begun.append(found[_least(found)])
-        first = starts[_least(begun)]
+        first = starts[_least(begun)].allocation if starts else None
         guards = self._objective.guard_losses([one.allocation for one in starts], f"{name}: starts")
         sampler = budget_sampler(
             settings.sampler,
             self._space,
             self._budget.stored_bytes,
-            start=first.allocation,
+            start=first,
             seed=settings.seed,
             losses=losses,
         )
@@ -112,8 +113,9 @@ class BudgetSearch:
         self._spent_before = int(progress.get("window_forwards", 0)) - before
         self._seconds_before = float(progress.get("seconds", 0.0))
         self._guards: dict[str, float] = dict(progress.get("guards", {}))
-        if settings.sampler in STARTED and settings.sampler not in STAGED and not self._study.trials:
-            self._study.enqueue_trial(params_of(self._space, first.allocation))
+        is_enqueued = settings.sampler in STARTED and settings.sampler not in STAGED
+        if first is not None and is_enqueued and not self._study.trials:
+            self._study.enqueue_trial(params_of(self._space, first))
         stopped = self._go_on()
         return self._outcome(starts, begun, guards, stopped)
 

@@ -6,9 +6,9 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from evaluators.tasks import generates
@@ -18,6 +18,10 @@ from orchestrator.scheme import Scheme
 
 SamplerName = Literal["level-switch", "tpe", "gp", "random"]
 FrontSamplerName = Literal["nsga2", "tpe", "random"]
+Corpora = Annotated[
+    tuple[CorpusField, ...], BeforeValidator(lambda value: (value,) if isinstance(value, (str, dict)) else value)
+]
+"""One corpus or several."""
 ObjectiveName = Literal["kl_divergence", "perplexity", "task"]
 
 
@@ -73,7 +77,7 @@ class SearchConfig(Strict):
     front: FrontConfig | None = None
     objective: ObjectiveName = "kl_divergence"
     task: ObjectiveTask | None = None
-    corpus: CorpusField | None = None
+    corpus: Corpora = ()
     sequence_length: int = Field(default=512, ge=2)
     windows: int = Field(default=16, ge=1)
     guard_windows: int = Field(default=8, ge=1)
@@ -83,7 +87,8 @@ class SearchConfig(Strict):
     stages: tuple[StageConfig, ...] = ()
     patience: int = Field(default=10, ge=1)
     sensitivity: SensitivityConfig = SensitivityConfig()
-    evaluate_starts: bool = False  # knapsacks as cells too, to compare with
+    starts: bool = True  # without them a sampler is on its own, to compare with
+    evaluate_starts: bool = False  # knapsacks as cells too, likewise
     seed: int = Field(default=0, ge=0)
 
     @field_validator("budgets")
@@ -109,6 +114,8 @@ class SearchConfig(Strict):
             )
         if survivors != sorted(survivors, reverse=True):
             raise PydanticCustomError("told", f"stages must have falling survivors, of {self.offspring} offspring")
+        if not self.starts and self.sampler == "level-switch":
+            raise PydanticCustomError("told", "search.starts = false: level-switch begins with a start; leave it true")
         if self.sensitivity.windows > self.windows:
             raise PydanticCustomError("told", f"sensitivity.windows is more than the {self.windows} search.windows")
         return self
@@ -214,7 +221,7 @@ def parse_search(document: Any, file: str) -> Search:
         raise BitatlasError(f"{file}: models names {len(sweep.models)} models; a search is of one")
     if len(sweep.calibration) > 1:
         raise BitatlasError(f"{file}: calibration names {len(sweep.calibration)} recipes; a search has one")
-    if settings.corpus is None and settings.task is None and not sweep.calibration:
+    if not settings.corpus and settings.task is None and not sweep.calibration:
         raise BitatlasError(
             f"{file}: search.corpus is missing, and there is no calibration whose corpus could be read on"
         )

@@ -117,14 +117,14 @@ class SearchRun:
         records.write_json(records.space, space_as_json(self._space))
         studies = []
         for budget in self._budgets:
-            tables: dict[str, list[list[float]]] = {
-                base: self._table(base, budget) for base in settings.sensitivity.bases
-            }
-            begun = starts(self._space, budget.stored_bytes, tables)
+            tables: dict[str, list[list[float]]] = (
+                {base: self._table(base, budget) for base in settings.sensitivity.bases} if settings.starts else {}
+            )
+            begun = starts(self._space, budget.stored_bytes, tables) if settings.starts else []
             limit = settings.evaluations * settings.windows
             with self._view.phase(budget.name, limit):
                 studies.append(
-                    self._budget_search(budget).run(records.journal, begun, tables[settings.sensitivity.bases[0]])
+                    self._budget_search(budget).run(records.journal, begun, tables.get(settings.sensitivity.bases[0]))
                 )
             self._view.say(_told(studies[-1]))
         if settings.front is not None:
@@ -228,5 +228,5 @@ def _told(study: Mapping[str, Any]) -> str:
     beside = ", ".join(f"{start['name']} {start['guard_loss']:.4g}" for start in study["starts"])
     return (
         f"{study['study']}: {study['guard_loss']:.4g} on the guard windows at {study['bits_per_weight']:.3f} stored "
-        f"bits ({beside}); {study['trials']} tried, {study['stopped']}"
+        f"bits{f' ({beside})' if beside else ''}; {study['trials']} tried, {study['stopped']}"
     )

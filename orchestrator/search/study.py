@@ -28,10 +28,14 @@ STAGED = ("level-switch",)
 """Samplers that understand trials which were measured on few windows."""
 
 
-def study_name(what: str, sampler: str, seed: int) -> str:
-    """ "3.6 bits", "3.6 bits, tpe, seed 1": searches by several samplers may stand in one journal."""
-    parts = [what, *([] if sampler in USUAL else [sampler]), *([f"seed {seed}"] if seed else [])]
-    return ", ".join(parts)
+def study_name(what: str, sampler: str, seed: int, *, alone: bool = False) -> str:
+    """ "3.6 bits", "3.6 bits, tpe, seed 1": searches by several samplers may stand in one journal.
+
+    Args:
+        alone: without starts.
+    """
+    parts = [what, *([] if sampler in USUAL else [sampler]), *(["alone"] if alone else [])]
+    return ", ".join([*parts, *([f"seed {seed}"] if seed else [])])
 
 
 class KeptStudy:
@@ -91,14 +95,17 @@ class KeptStudy:
 
 
 def budget_sampler(
-    name: str, space: Space, budget_bytes: int, *, start: Allocation, seed: int, losses: Losses | None = None
+    name: str, space: Space, budget_bytes: int, *, start: Allocation | None, seed: int, losses: Losses | None = None
 ) -> BaseSampler:
     """A sampler all of whose trials fit the budget.
 
     Args:
+        start: where level switches begin.
         losses: of single choices; guide level switches.
     """
     if name == "level-switch":
+        if start is None:
+            raise AssertionError("level switches begin with a start")
         return LevelSwitchSampler(space, budget_bytes, start=start, seed=seed, losses=losses)
     return Within(_inner(name, seed), space, budget_bytes, seed=seed)
 

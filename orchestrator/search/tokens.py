@@ -7,6 +7,8 @@ import math
 from random import Random
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from evaluators.corpora import Corpus, calibration_windows
 from evaluators.errors import EvaluationError
 from evaluators.harness import check_protocol, count_units, task_identity
@@ -18,7 +20,6 @@ from orchestrator.search.config import Search
 from orchestrator.search.worker import TaskUnits
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
 
 
@@ -52,11 +53,12 @@ def task_units(search: Search, file: str) -> TaskUnits | None:
 def search_windows(search: Search, model: ModelInput, file: str) -> NDArray[np.int64]:
     """Windows of the search, then those of the guard, int64 [windows + guard_windows, sequence_length].
 
-    Where the corpus is the calibration's, or none is named, they are what comes after its tokens in the same order of
-    documents: no token is in both.
+    Those of several corpora take turns, so that few windows are of all of them too. Where a corpus is the
+    calibration's, or none is named, they are what comes after its tokens in the same order of documents: no token is in
+    both.
 
     Raises:
-        BitatlasError: the corpus is too small, or its windows longer than the model's context.
+        BitatlasError: a corpus is too small, or its windows longer than the model's context.
     """
     settings, where = search.settings, f"{file}: search"
     length, count = settings.sequence_length, settings.windows + settings.guard_windows
@@ -66,21 +68,20 @@ def search_windows(search: Search, model: ModelInput, file: str) -> NDArray[np.i
             f"{where}.sequence_length = {length} is longer than the model's context of {longest} tokens"
         )
     calibration = search.sweep.calibration[0] if search.sweep.calibration else None
-    corpus, seed, seen = settings.corpus, settings.seed, 0
-    if calibration is not None and corpus in (None, calibration.corpus):
-        corpus, seed = calibration.corpus, calibration.seed
-        seen = math.ceil(calibration.samples * calibration.sequence_length / length)
-    if corpus is None:
-        raise AssertionError("the file was checked for a corpus")
-    try:
-        windows = calibration_windows(
-            Corpus.parse(corpus),
-            load_tokenizer(model.directory, where),
-            samples=seen + count,
-            sequence_length=length,
-            seed=seed,
-        )
-    except EvaluationError as error:
-        beside = f" ({seen} of them for calibration)" if seen else ""
-        raise BitatlasError(f"{where}: {error}{beside}") from error
-    return windows[seen:]
+    corpora = settings.corpus or ((calibration.corpus,) if calibration else ())
+    tokenizer, found = load_tokenizer(model.directory, where), []
+    for place, corpus in enumerate(corpora):
+        needed = len(range(place, count, len(corpora)))
+        seed, seen = settings.seed, 0
+        if calibration is not None and corpus == calibration.corpus:
+            seed = calibration.seed
+            seen = math.ceil(calibration.samples * calibration.sequence_length / length)
+        try:
+            windows = calibration_windows(
+                Corpus.parse(corpus), tokenizer, samples=seen + needed, sequence_length=length, seed=seed
+            )
+        except EvaluationError as error:
+            beside = f" ({seen} of them for calibration)" if seen else ""
+            raise BitatlasError(f"{where}: {error}{beside}") from error
+        found.append(windows[seen:])
+    return np.stack([found[window % len(corpora)][window // len(corpora)] for window in range(count)])
