@@ -60,6 +60,16 @@ def test_it_is_better_than_every_start_on_the_guard(space, starts, tmp_path):
     assert complete[0]["allocation"] == json.dumps(best["allocation"])
 
 
+@pytest.mark.parametrize("sampler", ["tpe", "random"])
+def test_a_sampler_on_its_own_chooses_among_its_own_trials(space, starts, tmp_path, sampler):
+    rows = []
+    found, _ = searched(space, [], tmp_path, rows=rows, sampler=sampler, starts=False, evaluations=20)
+    assert found["study"] == f"3 bits, {sampler}, alone"
+    assert found["starts"] == []
+    assert json.dumps(found["allocation"]) in {row["allocation"] for row in rows}
+    assert json.dumps(starts[0].allocation) not in {row["allocation"] for row in rows}
+
+
 def test_it_costs_what_it_says(space, starts, tmp_path):
     rows = []
     found, objective = searched(space, starts, tmp_path, rows=rows, evaluations=30)

@@ -67,6 +67,8 @@ def test_a_bundle_is_beside_the_file(tmp_path):
         (with_search(budgets=[]), "search names neither budgets nor front"),
         (with_search(budgets=[0]), "search.budgets: bits per weight must be above 0"),
         (with_search(budgets=[{"bytes": 3}]), "search.budgets: a budget is a number of bits, or {checkpoint_bytes: N}"),
+        (with_search(starts=False), "search.starts = false: level-switch begins with a start"),
+        (with_search(corpus=["lambada", "lamda"]), "search.corpus[1]: "),
         (with_search(objective="task"), "search.objective = task and search.task belong together"),
         (with_search(task={"name": "copa"}), "search.objective = task and search.task belong together"),
         (

@@ -55,6 +55,15 @@ def test_other_lengths_leave_no_token_in_both(case):
     np.testing.assert_array_equal(found, stream(13)[5:])
 
 
+def test_windows_of_several_corpora_take_turns(case):
+    """Of the calibration's corpus what comes after it, of the others any; the guard's go on in turn."""
+    found = search_windows(*case(corpus=["lambada", "boolq-passages", "coqa-stories"]), "s.yaml")
+    assert found.shape == (8, 128)
+    np.testing.assert_array_equal(found[::3], stream(9)[6:])
+    alone = search_windows(*case(corpus="boolq-passages"), "s.yaml")
+    np.testing.assert_array_equal(found[1::3], alone[:3])
+
+
 def test_another_corpus_is_drawn_by_the_searchs_own_seed(case):
     first, again, other = (search_windows(*case(corpus="boolq-passages", seed=seed), "s.yaml") for seed in (1, 1, 2))
     np.testing.assert_array_equal(first, again)
