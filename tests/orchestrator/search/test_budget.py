@@ -27,7 +27,7 @@ def starts():
     ]
 
 
-def searched(space, starts, directory, *, crew=None, budget=300, rows=None, about=lambda _: [], **settings):
+def searched(space, begun, directory, *, crew=None, budget=300, rows=None, about=lambda _: [], **settings):
     """A whole search; rows of the trials table are added to `rows`."""
     chosen = {"windows": 8, "guard_windows": 4, "evaluations": 60, "offspring": 8, "patience": 100} | settings
     config = SearchConfig.model_validate({"bank": {}, "budgets": (3.0,)} | chosen)
@@ -42,7 +42,7 @@ def searched(space, starts, directory, *, crew=None, budget=300, rows=None, abou
         about=about,
         offspring=2,
     )
-    return search.run(directory / "study.journal", starts), objective
+    return search.run(directory / "study.journal", begun), objective
 
 
 def test_it_is_better_than_every_start_on_the_guard(space, starts, tmp_path):
