@@ -21,10 +21,6 @@ if TYPE_CHECKING:
 OK, SOME_FAILED, INTERRUPTED = 0, 1, 130
 
 
-def _layout(sweep: Sweep, out: Path | None) -> Layout:
-    return Layout(out if out is not None else Path("outputs") / sweep.name)
-
-
 def _read(file: Path, console: Console) -> tuple[Sweep, Mapping[str, str]]:
     """A sweep, and the variables that its workers need where its data is a bundle."""
     from orchestrator.running import with_data
@@ -51,7 +47,7 @@ def run_command(
 ) -> int:
     """Run or resume a sweep; the exit status."""
     from orchestrator.damage import damaged_parts
-    from orchestrator.running import drive, interrupts, same_again, started_pool, taken
+    from orchestrator.running import claimed_output, drive, interrupts, same_again, started_pool
     from orchestrator.store import Store
     from orchestrator.sweep import finished_jobs
     from orchestrator.witness import remove_other_witnesses
@@ -59,8 +55,8 @@ def run_command(
 
     console = Console()
     sweep, variables = _read(file, console)
-    place = taken(sweep, out, cache)
-    layout = place.layout
+    output = claimed_output(sweep, out, cache)
+    layout = output.layout
     inputs, plan = _prepare(sweep, file, console)
     # A damaged part is for the driver to set aside, and its jobs are then not done.
     if layout.sweep.exists() and not damaged_parts(layout) and len(finished_jobs(layout, plan)) == len(plan.jobs):
@@ -75,7 +71,7 @@ def run_command(
         interrupts(stop, console),
     ):
         remove_other_witnesses(running.witness)
-        summary = drive(sweep, plan, inputs, layout, store, running.pool, console, stop=stop, cache=place.cache)
+        summary = drive(sweep, plan, inputs, layout, store, running.pool, console, stop=stop, cache=output.cache)
     again = same_again("run", file, out, cache)
     return _conclude(summary, again, layout, console, report=report)
 
@@ -120,7 +116,7 @@ def plan_command(file: Path, *, out: Path | None, outline: bool = False) -> int:
 
     console = Console()
     sweep, _ = _read(file, console)
-    layout = _layout(sweep, out)
+    layout = Layout.of(sweep.name, out)
     claim_output(layout, sweep)
     inputs, plan = _outlined(sweep, file) if outline else _prepare(sweep, file, console)
     history = read_history(layout.root)

@@ -12,6 +12,16 @@ class Layout:
 
     root: Path
 
+    @classmethod
+    def of(cls, name: str, out: Path | None) -> Layout:
+        """The directory that was asked for, or the one of the sweep's name.
+
+        Args:
+            name: the sweep's.
+            out: `--out`.
+        """
+        return cls(out if out is not None else Path("outputs") / name)
+
     @property
     def sweep(self) -> Path:
         """The resolved sweep file."""

@@ -42,7 +42,7 @@ def check_is_kept(option: str, directory: Path | None) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class Output:
     """Where a sweep leaves what it makes.
 
     Args:
@@ -53,7 +53,7 @@ class Place:
     cache: Path | None
 
 
-def taken(sweep: Sweep, out: Path | None, cache: Path | None) -> Place:
+def claimed_output(sweep: Sweep, out: Path | None, cache: Path | None) -> Output:
     """The output directory that was asked for, or the sweep's own, free or already this sweep's.
 
     Raises:
@@ -62,11 +62,11 @@ def taken(sweep: Sweep, out: Path | None, cache: Path | None) -> Place:
     from orchestrator.claim import claim_output
     from orchestrator.shared_cache import usable_cache
 
-    layout = Layout(out if out is not None else Path("outputs") / sweep.name)
+    layout = Layout.of(sweep.name, out)
     check_is_kept("--out", layout.root)
     check_is_kept("--cache", cache)
     claim_output(layout, sweep)
-    return Place(layout=layout, cache=None if cache is None else usable_cache(cache, layout.root))
+    return Output(layout=layout, cache=None if cache is None else usable_cache(cache, layout.root))
 
 
 def same_again(command: str, file: Path, out: Path | None, cache: Path | None) -> str:

@@ -20,7 +20,7 @@ from orchestrator.errors import BitatlasError
 from orchestrator.inputs import Inputs, prepare
 from orchestrator.layout import Layout
 from orchestrator.plan import Plan, content_hash, make_plan
-from orchestrator.running import drive, interrupts, same_again, started_pool, taken, with_data
+from orchestrator.running import claimed_output, drive, interrupts, same_again, started_pool, with_data
 from orchestrator.scheme import Scheme, parse_scheme
 from orchestrator.search.budget import Budget
 from orchestrator.search.config import Search, read_search
@@ -76,8 +76,8 @@ def search_command(
     search = read_search(file)
     sweep, variables = with_data(search.sweep, str(file), console)
     search = replace(search, sweep=sweep)
-    place = taken(sweep, out, cache)
-    layout = place.layout
+    output = claimed_output(sweep, out, cache)
+    layout = output.layout
     with console.status("reading the model and data (a packaged model is converted on first use) ..."):
         found = prepared(search, str(file))
     records = Records(layout.root)
@@ -91,7 +91,7 @@ def search_command(
         _check_seen(running.pool, layout)
         with Store(layout) as store, interrupts(stop, console), suppress(InterruptedSearchError):
             remove_other_witnesses(running.witness)
-            summary = _Session(found, layout, records, running.pool, console, stop, place.cache).run(store)
+            summary = _Session(found, layout, records, running.pool, console, stop, output.cache).run(store)
     if summary is None or summary.interrupted:
         console.print(f"stopped: what is done is kept; go on with: {again}", highlight=False, soft_wrap=True)
         return INTERRUPTED

@@ -14,8 +14,8 @@ from orchestrator.search.worker import Request, Setting, probe_payload
 
 _POLL_SECONDS = 0.5
 _JOBS_PER_WORKER = 4  # so that none waits long for the last one
-Losses = list[tuple[float, float]]
-"""(divergence, nll), or of a task (cross entropy, errors), of each window of a request."""
+Losses = list[tuple[float, ...]]
+"""(divergence, nll), or of a task (cross entropy,), of each window of a request."""
 
 
 class InterruptedSearchError(Exception):

@@ -39,7 +39,7 @@ class Objective:
         """
         self._crew, self._kind = crew, kind
         self.windows, self.guard_windows = windows, guard_windows
-        self._known: dict[Mixture, dict[int, tuple[float, float]]] = {}
+        self._known: dict[Mixture, dict[int, tuple[float, ...]]] = {}
         self.window_forwards = 0
 
     def losses(

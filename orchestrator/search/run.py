@@ -162,11 +162,11 @@ class SearchRun:
         )
 
     def _starts_of_front(self) -> list[Start]:
-        """Uniform allocations, and the knapsack's at every one's bytes."""
+        """Uniform allocations, and the knapsack's at every one's bytes where sensitivities are known."""
         uniform = uniform_allocations(self._space)
         found = list(uniform)
         rows = [row for row in self._records.rows(SENSITIVITY) if row["base"] == FP]
-        if self._search.settings.sensitivity.bases[0] == FP and self._budgets:
+        if rows:
             losses: dict[str, list[list[float]]] = {FP: table(self._space, rows)}
             for one in uniform[1:-1]:
                 found += starts(self._space, self._space.stored_bytes(one.allocation), losses)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -14,23 +14,10 @@ if TYPE_CHECKING:
     from evaluators.harness import Item
 
 
-class ChoicesLoss(NamedTuple):
-    """Means over the documents of a unit.
-
-    Attributes:
-        cross_entropy: of the right choice among the choices, in nats: -log(exp l_right / sum of exp l), l the choices'
-            log-likelihoods. Smoother than accuracy, of which a unit of documents has few values.
-        errors: share of the documents of which another choice is likelier.
-    """
-
-    cross_entropy: float
-    errors: float
-
-
 class TaskProbe:
     """Measures mixtures of one model on a task, and gives the model back as it was."""
 
-    def __init__(self, mixtures: Mixtures, loss: Callable[[int], ChoicesLoss]) -> None:
+    def __init__(self, mixtures: Mixtures, loss: Callable[[int], float]) -> None:
         """Take a model with its float weights in place.
 
         Args:
@@ -39,7 +26,7 @@ class TaskProbe:
         """
         self._mixtures, self._loss = mixtures, loss
 
-    def losses(self, mixture: Mixture, windows: Sequence[int], *, base: Mixture | None = None) -> list[ChoicesLoss]:
+    def losses(self, mixture: Mixture, windows: Sequence[int], *, base: Mixture | None = None) -> list[tuple[float]]:
         """Measure one mixture.
 
         Args:
@@ -48,21 +35,22 @@ class TaskProbe:
         """
         del base
         self._mixtures.apply(mixture)
-        return [self._loss(window) for window in windows]
+        return [(self._loss(window),) for window in windows]
 
     def close(self) -> None:
         """Put the float weights back."""
         self._mixtures.close()
 
 
-def choices_loss(items: Sequence[Item]) -> ChoicesLoss:
-    """Of documents with the log-likelihoods of their choices."""
-    entropies, errors = [], []
+def choices_loss(items: Sequence[Item]) -> float:
+    """The cross entropy of the right choice among the choices, -log(exp l_right / sum of exp l) in nats, l the choices'
+    log-likelihoods; mean over documents. Smoother than accuracy, of which a unit of documents has few values.
+    """
+    entropies = []
     for item in items:
         log_likelihoods, target = np.array(item.log_likelihoods), item.target
         if target is None:
             raise AssertionError("a task of choices has a right one")
         with np.errstate(invalid="ignore"):  # what is no number is a result
             entropies.append(float(np.logaddexp.reduce(log_likelihoods) - log_likelihoods[target]))
-        errors.append(float(int(log_likelihoods.argmax()) != target))
-    return ChoicesLoss(math.fsum(entropies) / len(items), math.fsum(errors) / len(items))
+    return math.fsum(entropies) / len(items)

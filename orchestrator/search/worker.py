@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from orchestrator.search.mixtures import Key, Mixture, Mixtures
     from orchestrator.search.probe import Probe
-    from orchestrator.search.task_probe import ChoicesLoss, TaskProbe
+    from orchestrator.search.task_probe import TaskProbe
 
 FACTORY = "orchestrator.search.worker:SearchWorker"
 
@@ -110,7 +110,7 @@ class SearchWorker(Worker):
         return super()._do(payload)
 
     def _measure(self, setting: Setting, payload: Mapping[str, Any]) -> dict[str, Any]:
-        """Losses of every request, in order: of each of its windows (divergence, nll), or (cross entropy, errors)."""
+        """Losses of every request, in order: of each window (divergence, nll), or of a task (cross entropy,)."""
         probe = self._prepared(setting, payload)
         requests: Sequence[Request] = payload["requests"]
         told = self._progress("allocation")
@@ -144,7 +144,7 @@ class SearchWorker(Worker):
         self._report("opening the bank")
         return Mixtures(model, setting.space, variants_of(setting.artifacts))
 
-    def _choices_loss(self, of: TaskUnits, window: int, *, memory_share: float) -> ChoicesLoss:
+    def _choices_loss(self, of: TaskUnits, window: int, *, memory_share: float) -> float:
         """Of the model as it is, on one unit of the task."""
         from evaluators.harness import evaluate_task
         from evaluators.slices import Slice

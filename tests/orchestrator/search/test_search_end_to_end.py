@@ -196,6 +196,7 @@ def by_task(inline, tmp_path_factory):
         "guard_windows": 1,
         "evaluations": 10,
         "offspring": 4,
+        "evaluate_starts": True,
         "sensitivity": {"bases": ["fp"], "windows": 1, "rounds": 0},
     }
     evaluation = {
@@ -224,10 +225,14 @@ def test_a_task_steers_and_guards(by_task):
 
 def test_an_awq_bank_ends_in_an_awq_cell(by_task):
     (study,) = chosen(by_task)["studies"]
-    row = values(by_task, "kl_divergence")[study["cell"]]
-    assert (row["method"], row["status"]) == ("awq", "ok")
-    assert row["decoder_bits_per_weight"] == pytest.approx(study["bits_per_weight"], abs=1e-12)
-    assert row["decoder_bits_per_weight"] <= 3.8
+    (knapsack,) = [start for start in study["starts"] if start["name"] == "knapsack fp"]
+    assert len(set(knapsack["allocation"])) == 2
+    for one in (study, knapsack):
+        row = values(by_task, "kl_divergence")[one["cell"]]
+        assert (row["method"], row["status"]) == ("awq", "ok")
+        assert row["decoder_bits_per_weight"] == pytest.approx(one["bits_per_weight"], abs=1e-12)
+        assert row["decoder_bits_per_weight"] <= 3.8
+    assert '"layers"' in row["options"]
 
 
 def test_another_bank_or_objective_is_refused_in_the_same_directory(done, tmp_path, capsys, monkeypatch):
