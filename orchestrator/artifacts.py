@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from quantizers.apply import StoredBlock, StoredLinear
-    from quantizers.stream import QuantizedBlock
+    from quantizers.stream import QuantizedBlock, QuantizedLinear
 
 MANIFEST = "artifact.json"
 _FORMAT = "bitatlas-artifact/2"
@@ -36,6 +36,7 @@ class Artifact:
     Args:
         manifest: the parsed `artifact.json`: `linears` (name -> shape, encoding, file, quantized activations, scales
             of a rescaled block, errors),
+            `vocabulary` (likewise, of embedding and head where they are quantized; absent of older artifacts),
             `dense` (changed parameter -> file), `files` (name -> sha256), and whatever facts the writer was given.
     """
 
@@ -44,12 +45,12 @@ class Artifact:
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes of all packed tensors."""
+        """Bytes of all packed tensors of the decoder's linears."""
         return sum(linear["stored_bytes"] for linear in self.manifest["linears"].values())
 
     @property
     def num_weights(self) -> int:
-        """Weights that the artifact stands for."""
+        """Weights of the decoder's linears."""
         return sum(linear["out_features"] * linear["in_features"] for linear in self.manifest["linears"].values())
 
     @property
@@ -81,10 +82,18 @@ class Artifact:
                     "and run the same command again"
                 )
             tensors = load_file(path)
-            linears = self.manifest["linears"].items()
+            linears, vocabulary = (
+                [
+                    read_linear(name, facts, tensors)
+                    for name, facts in self.manifest.get(section, {}).items()
+                    if facts["file"] == file
+                ]
+                for section in ("linears", "vocabulary")
+            )
             yield StoredBlock(
-                linears=[read_linear(name, facts, tensors) for name, facts in linears if facts["file"] == file],
+                linears=linears,
                 dense={name: tensors[name] for name, place in self.manifest["dense"].items() if place == file},
+                vocabulary=vocabulary,
             )
 
 
@@ -114,41 +123,30 @@ class ArtifactWriter:
         self._scratch = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
         self._files: dict[str, str] = {}
         self._linears: dict[str, Any] = {}
+        self._vocabulary: dict[str, Any] = {}
         self._dense: dict[str, str] = {}
 
     def add_block(self, block: QuantizedBlock) -> None:
         """Write one decoder block."""
-        from safetensors.torch import save
-
         file = f"block-{len(self._files):04d}.safetensors"
         tensors: dict[str, Tensor] = {}
         for linear in block.linears:
-            packed = linear.weight.pack()
-            # safetensors refuses tensors that share memory, as the column groups of one stage do: hence the clone
-            tensors |= {f"{linear.name}.{part}": tensor.contiguous().clone() for part, tensor in packed.items()}
-            scales = {scale: getattr(linear, scale) for scale in _SCALES if getattr(linear, scale) is not None}
-            tensors |= {f"{linear.name}.{scale}": value.cpu().contiguous() for scale, value in scales.items()}
-            out_features, in_features = linear.weight.shape
-            self._linears[linear.name] = {
-                "out_features": out_features,
-                "in_features": in_features,
-                "encoding": linear.weight.encoding,
-                "spec": linear.weight.spec(),
-                "inputs": linear.inputs.spec() if linear.inputs else None,
-                "outputs": linear.outputs.spec() if linear.outputs else None,
-                "file": file,
-                "parts": list(packed),
-                "rescaled": list(scales),
-                "stored_bytes": linear.stored_bytes,
-                "published_bits_per_weight": linear.weight.published_bits_per_weight,
-                "weight_error": linear.weight_error,
-                "output_error": linear.output_error,
-                "damping": linear.damping,
-                "seconds": linear.seconds,
-            }
+            own, self._linears[linear.name] = _stored(linear, file)
+            tensors |= own
         for name, value in block.dense.items():
             tensors[name] = value.cpu().contiguous()
             self._dense[name] = file
+        self._write(file, tensors)
+
+    def add_matrix(self, matrix: QuantizedLinear) -> None:
+        """Write the embedding or the head."""
+        file = f"vocabulary-{len(self._vocabulary)}.safetensors"
+        tensors, self._vocabulary[matrix.name] = _stored(matrix, file)
+        self._write(file, tensors)
+
+    def _write(self, file: str, tensors: dict[str, Tensor]) -> None:
+        from safetensors.torch import save
+
         content = save(tensors)
         (self._scratch / file).write_bytes(content)  # not `save_file`: its error for a full disk is no OSError
         self._files[file] = hashlib.sha256(content).hexdigest()
@@ -159,7 +157,10 @@ class ArtifactWriter:
         Args:
             facts: JSON values to keep in the manifest: cell, model, method, seconds.
         """
-        manifest = {"format": _FORMAT, **facts, "files": self._files, "dense": self._dense, "linears": self._linears}
+        sections = {"files": self._files, "dense": self._dense, "linears": self._linears}
+        if self._vocabulary:
+            sections["vocabulary"] = self._vocabulary
+        manifest = {"format": _FORMAT, **facts, **sections}
         with (self._scratch / MANIFEST).open("w", encoding="utf-8") as stream:
             json.dump(manifest, stream, indent=1)
             stream.flush()
@@ -178,6 +179,33 @@ class ArtifactWriter:
     def discard(self) -> None:
         """Remove what was written so far."""
         shutil.rmtree(self._scratch, ignore_errors=True)
+
+
+def _stored(linear: QuantizedLinear, file: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Its tensors under their full names, and its facts in the manifest."""
+    packed = linear.weight.pack()
+    scales = {scale: getattr(linear, scale) for scale in _SCALES if getattr(linear, scale) is not None}
+    # safetensors refuses tensors that share memory, as the column groups of one stage do: hence the clone
+    tensors = {f"{linear.name}.{part}": tensor.contiguous().clone() for part, tensor in packed.items()}
+    tensors |= {f"{linear.name}.{scale}": value.cpu().contiguous() for scale, value in scales.items()}
+    out_features, in_features = linear.weight.shape
+    return tensors, {
+        "out_features": out_features,
+        "in_features": in_features,
+        "encoding": linear.weight.encoding,
+        "spec": linear.weight.spec(),
+        "inputs": linear.inputs.spec() if linear.inputs else None,
+        "outputs": linear.outputs.spec() if linear.outputs else None,
+        "file": file,
+        "parts": list(packed),
+        "rescaled": list(scales),
+        "stored_bytes": linear.stored_bytes,
+        "published_bits_per_weight": linear.weight.published_bits_per_weight,
+        "weight_error": linear.weight_error,
+        "output_error": linear.output_error,
+        "damping": linear.damping,
+        "seconds": linear.seconds,
+    }
 
 
 def find_artifact(directory: Path) -> Artifact | None:

@@ -8,8 +8,9 @@ the calibration activations. Letters: I in_features, O out_features, T tokens.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from evaluators.head import CHUNK_BYTES
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from orchestrator.inputs import Inputs
     from orchestrator.models.loading import ModelShape
     from orchestrator.plan import Job
+    from orchestrator.scheme import Scheme
     from quantizers.method import Method
 
 # Python with torch, transformers, Ray and what their allocators keep; measured, as is the next, by
@@ -115,17 +117,26 @@ def _needs(jobs: Sequence[Job], inputs: Inputs) -> list[_Need]:
 
 
 def _need(job: Job, inputs: Inputs) -> _Need:
-    shape = inputs.models[job.cell.model].shape
+    cell, shape = job.cell, inputs.models[job.cell.model].shape
     if job.evaluation is not None:
-        windows = inputs.windows.get((job.cell.model, job.evaluation.key))
+        windows = inputs.windows.get((cell.model, job.evaluation.key))
         tokens = _TASK_TOKENS if windows is None else windows.shape[1]
         divergence = isinstance(job.evaluation, PerplexityConfig) and job.evaluation.divergence
-        return _Need(compute=evaluate_bytes(shape, tokens, quantized=job.cell.scheme is not None, heads=1 + divergence))
-    if job.cell.scheme is None:
+        compute = evaluate_bytes(shape, tokens, quantized=cell.scheme is not None, heads=1 + divergence)
+        return _Need(compute=compute + _matrix_bytes(cell.scheme, shape))
+    if cell.scheme is None:
         raise AssertionError("the unquantized model is not quantized")
-    calibration = job.cell.calibration
-    size = (0, 0) if calibration is None else inputs.calibrations[job.cell.model, calibration.key].shape
-    return quantize_need(shape, job.cell.scheme.build(), size[0], size[1])
+    calibration = cell.calibration
+    size = (0, 0) if calibration is None else inputs.calibrations[cell.model, calibration.key].shape
+    need = quantize_need(shape, cell.scheme.build(), size[0], size[1])
+    return replace(need, compute=need.compute + _matrix_bytes(cell.scheme, shape))
+
+
+def _matrix_bytes(scheme: Scheme | None, shape: ModelShape) -> float:
+    """The largest quantized matrix over the vocabulary: decoded in float32, beside one in the model's dtype."""
+    roles = scheme.vocabulary() if scheme else ()
+    largest = max((math.prod(shape.matrices[role].shape) for role in roles), default=0)
+    return largest * (_F32 + shape.bits_per_value / 8)
 
 
 def evaluate_bytes(shape: ModelShape, tokens: int, *, quantized: bool, heads: int = 1) -> float:
@@ -182,6 +193,7 @@ def _stage_weights(shape: ModelShape) -> list[int]:
 
 def _artifact_bytes(jobs: Sequence[Job], inputs: Inputs) -> float:
     from quantizers.method import total_stored_bytes
+    from quantizers.vocabulary import vocabulary_bytes
 
     sizes: dict[tuple[str, int], int] = {}
     total = 0
@@ -191,7 +203,9 @@ def _artifact_bytes(jobs: Sequence[Job], inputs: Inputs) -> float:
             continue
         key = (job.cell.model, id(scheme))
         if key not in sizes:
-            sizes[key] = total_stored_bytes(scheme.build(), inputs.models[job.cell.model].shape.linears)
+            shape = inputs.models[job.cell.model].shape
+            sizes[key] = total_stored_bytes(scheme.build(), shape.linears)
+            sizes[key] += vocabulary_bytes(scheme.vocabulary(), shape.matrices)
         total += sizes[key]
     return float(total)
 

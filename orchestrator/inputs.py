@@ -128,17 +128,19 @@ def _find(source: str, dtype: str, where: str) -> ModelInput:
 
 
 def check_schemes(sweep: Sweep, model: ModelInput, name: str, file: str) -> None:
-    """Raise unless every scheme of the grid fits every linear of a model.
+    """Raise unless every scheme of the grid fits every linear of a model, and the matrices over its vocabulary.
 
     Raises:
         BitatlasError: names the grid entry, the layer and what would fit.
     """
     from quantizers.errors import QuantizationError
     from quantizers.method import check_grids
+    from quantizers.vocabulary import check_vocabulary
 
     for scheme in sweep.grid:
         try:
             check_grids(scheme.build(), model.shape.linears, of=f" of {name}")
+            check_vocabulary(scheme.vocabulary(), model.shape.matrices, of=f" of {name}")
         except QuantizationError as error:
             raise BitatlasError(f"{file}: grid entry {scheme.label}: {error}") from error
 

@@ -41,8 +41,10 @@ def size_columns(cell: Cell, model: ModelInput, stored_bytes: int | None) -> dic
     """Decoder bits per weight and checkpoint bytes, with every stored byte counted.
 
     Args:
-        stored_bytes: of the cell's artifact; None for the unquantized model.
+        stored_bytes: of the linears of the cell's artifact; None for the unquantized model.
     """
+    from quantizers.vocabulary import vocabulary_bytes
+
     weights = sum(rows * columns for rows, columns in model.shape.linears.values())
     if cell.scheme is None:
         return {
@@ -51,8 +53,13 @@ def size_columns(cell: Cell, model: ModelInput, stored_bytes: int | None) -> dic
         }
     if stored_bytes is None:
         return {}
-    untouched = model.shape.fp_bytes - weights * model.shape.bits_per_value // 8
-    return {"decoder_bits_per_weight": 8 * stored_bytes / weights, "checkpoint_bytes": untouched + stored_bytes}
+    grids, matrices = cell.scheme.vocabulary(), model.shape.matrices
+    touched = weights + sum(math.prod(matrices[role].shape) for role in grids)
+    untouched = model.shape.fp_bytes - touched * model.shape.bits_per_value // 8
+    return {
+        "decoder_bits_per_weight": 8 * stored_bytes / weights,
+        "checkpoint_bytes": untouched + stored_bytes + vocabulary_bytes(grids, matrices),
+    }
 
 
 def outcome_rows(

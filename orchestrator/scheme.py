@@ -20,6 +20,7 @@ FP = "fp"
 UNQUANTIZED_BITS = 16
 CORRECTED = "corrected"
 _ACTIVATION_FIELDS = ("activation_granularity", "activation_symmetric", "activation_clip_ratio")
+VOCABULARY_FIELDS = ("embedding", "head")
 _FIELDS = (
     "method",
     "weight_bits",
@@ -32,6 +33,7 @@ _FIELDS = (
     "tail_group",
     *_ACTIVATION_FIELDS,
     "layers",
+    *VOCABULARY_FIELDS,
     "options",
 )
 # What `symmetric` means for a method whose own convention is of the other kind.
@@ -47,6 +49,8 @@ class Scheme:
         group_size: 0 is per channel.
         convention: of the weight grid, a name in `quantizers/grid.py`.
         layers: patterns of linears' full names with their own bits and groups, as JSON in their order.
+        embedding: (weight_bits, group_size) of the matrix, which is left alone otherwise.
+        head: likewise.
         options: the preset and the method's own options, every one of them, as JSON with sorted keys.
     """
 
@@ -62,6 +66,8 @@ class Scheme:
     activation_symmetric: bool = True
     activation_clip_ratio: float = 1.0
     layers: str = "{}"
+    embedding: tuple[int, int] | None = None
+    head: tuple[int, int] | None = None
     options: str = "{}"
 
     @property
@@ -99,6 +105,15 @@ class Scheme:
             tail_group=self.tail_group,
         )
 
+    def vocabulary(self) -> dict[str, Grid]:
+        """ "embedding" and "head" -> the grid of the matrix; what is left alone is not there."""
+        found = {}
+        for role in VOCABULARY_FIELDS:
+            own = getattr(self, role)
+            if own is not None:
+                found[role] = replace(self.grid(), bits=own[0], group_size=own[1])
+        return found
+
     def activations(self) -> ActivationGrid | None:
         """The grid of the linears' inputs; None where they are left alone."""
         from quantizers.activations import ActivationGrid
@@ -114,19 +129,26 @@ class Scheme:
 
     def as_entry(self) -> dict[str, Any]:
         """A grid entry of a sweep file that means exactly this scheme."""
-        left_out = {"symmetric", "layers"} if self.activations() else {"symmetric", "layers", *_ACTIVATION_FIELDS}
+        left_out = {"symmetric", "layers", *VOCABULARY_FIELDS, *(() if self.activations() else _ACTIVATION_FIELDS)}
         entry = {name: getattr(self, name) for name in _FIELDS if name not in left_out}
         if self.layers != "{}":
             entry["layers"] = {
                 pattern: own | {"group_size": own["group_size"] or "per_channel"}
                 for pattern, own in json.loads(self.layers).items()
             }
+        for role, grid in self.vocabulary().items():
+            entry[role] = {"weight_bits": grid.bits, "group_size": grid.group_size or "per_channel"}
         return entry | {"group_size": self.group_size or "per_channel", "options": json.loads(self.options)}
 
     @cached_property
     def code_version(self) -> str:
-        """Of the method: what it computes changes with it."""
-        return self.build().code_version
+        """Of the method, and of what quantizes the vocabulary: what they compute changes with it."""
+        version = self.build().code_version
+        if not self.vocabulary():
+            return version
+        from quantizers.rtn import Rtn
+
+        return f"{version}, vocabulary by {Rtn.code_version}"
 
     @cached_property
     def row_options(self) -> str:
@@ -147,11 +169,20 @@ class Scheme:
             label += "-sym" if self.convention == "gptq-sym" else f"-{self.convention}"
         preset = json.loads(self.options).get("preset", CORRECTED)
         label += "" if self.layers == "{}" else "-mixed"
+        label += "".join(f"-{role[0]}{grid.bits}" for role, grid in self.vocabulary().items())
         return label + ("-mse" if self.mse_search else "") + ("" if preset == CORRECTED else f"-{preset}")
 
 
 # Fields of a grid entry that tables keep among the options.
-GRID_OPTIONS = ("convention", "mse_search", "scale_dtype", "tail_group", *_ACTIVATION_FIELDS, "layers")
+GRID_OPTIONS = (
+    "convention",
+    "mse_search",
+    "scale_dtype",
+    "tail_group",
+    *_ACTIVATION_FIELDS,
+    "layers",
+    *VOCABULARY_FIELDS,
+)
 
 
 def parse_scheme(fields: dict[str, Any], where: str) -> Scheme:
@@ -194,6 +225,8 @@ def parse_scheme(fields: dict[str, Any], where: str) -> Scheme:
             group_size=_group_size(fields.get("group_size", "per_channel"), f"{where}.group_size"),
             convention=_convention(method, fields, where),
             layers=_layers(fields.get("layers", {}), fields, f"{where}.layers"),
+            embedding=_matrix(fields.get("embedding"), fields, f"{where}.embedding"),
+            head=_matrix(fields.get("head"), fields, f"{where}.head"),
             options=_options(method, fields.get("options", {}), f"{where}.options"),
             **{
                 key: _typed(fields[key], type(default), f"{where}.{key}")
@@ -202,6 +235,7 @@ def parse_scheme(fields: dict[str, Any], where: str) -> Scheme:
             },
         )
         scheme.build()  # the grid and the method check their own values
+        scheme.vocabulary()
     except QuantizationError as error:
         raise BitatlasError(f"{where}: {error}") from error
     return scheme
@@ -274,17 +308,30 @@ def _layers(given: Any, fields: dict[str, Any], where: str) -> str:
         place = f"{where}[{pattern!r}]"
         if not isinstance(pattern, str) or not pattern:
             raise BitatlasError(f"{place}: the pattern must be text, such as '*.down_proj'")
-        own = value if isinstance(value, dict) else {"weight_bits": value}
-        for key in own:
-            if key not in ("weight_bits", "group_size"):
-                raise BitatlasError(f"{place}: unknown key {key!r}; the keys here are weight_bits, group_size")
-        found[pattern] = {
-            "weight_bits": _whole(own.get("weight_bits", fields["weight_bits"]), 1, 8, f"{place}.weight_bits"),
-            "group_size": _group_size(
-                own.get("group_size", fields.get("group_size", "per_channel")), f"{place}.group_size"
-            ),
-        }
+        bits, group_size = _own_grid(value, fields, place)
+        found[pattern] = {"weight_bits": bits, "group_size": group_size}
     return json.dumps(found)
+
+
+def _matrix(given: Any, fields: dict[str, Any], where: str) -> tuple[int, int] | None:
+    """Bits and groups of the embedding or the head; None where nothing, or 16 bits, leaves it alone."""
+    return None if given is None or given == UNQUANTIZED_BITS else _own_grid(given, fields, where)
+
+
+def _own_grid(value: Any, fields: dict[str, Any], where: str) -> tuple[int, int]:
+    """(weight_bits, group_size) as given, with those of the entry where only one of the two is.
+
+    Raises:
+        BitatlasError: neither bits nor a mapping of weight_bits and group_size.
+    """
+    own = value if isinstance(value, dict) else {"weight_bits": value}
+    for key in own:
+        if key not in ("weight_bits", "group_size"):
+            raise BitatlasError(f"{where}: unknown key {key!r}; the keys here are weight_bits, group_size")
+    return (
+        _whole(own.get("weight_bits", fields["weight_bits"]), 1, 8, f"{where}.weight_bits"),
+        _group_size(own.get("group_size", fields.get("group_size", "per_channel")), f"{where}.group_size"),
+    )
 
 
 def _typed(value: Any, kind: type, where: str) -> Any:

@@ -235,7 +235,8 @@ class Worker:
             self._cache.put_artifact(artifact)
         layers = [
             {"layer": name, "bits_per_weight": _bits_per_weight(linear)} | {key: linear[key] for key in _LAYER_FIELDS}
-            for name, linear in artifact.manifest["linears"].items()
+            for section in ("linears", "vocabulary")
+            for name, linear in artifact.manifest.get(section, {}).items()
         ]
         return {"layers": layers, "reused": reused, **_cost(artifact)}
 
@@ -245,6 +246,7 @@ class Worker:
         from orchestrator.models.loading import verified_directory
         from orchestrator.models.streaming import StreamedModel
         from quantizers.stream import quantize_blocks
+        from quantizers.vocabulary import quantize_matrix
 
         scheme: Scheme = payload["scheme"]
         # The engine reads the float weights block by block; the model in memory, if any, is for evaluating.
@@ -261,6 +263,9 @@ class Worker:
             told = self._progress("quantizing block")
             for block in quantize_blocks(source, method, tokens, shared=shared, progress=told):
                 writer.add_block(block)
+            for role, grid in scheme.vocabulary().items():
+                self._report(f"quantizing the {role}")
+                writer.add_matrix(quantize_matrix(*source.vocabulary_matrix(role), grid))
             artifact = writer.finish(
                 cell=payload["cell"],
                 model=payload["model"],

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from quantizers.activations import ActivationQuantizer
-from quantizers.families import linear_at
+from quantizers.families import holders, linear_at
 from quantizers.quantized_weight import QuantizedWeight
 
 
@@ -42,14 +42,16 @@ class StoredLinear:
 
 @dataclass(frozen=True, kw_only=True)
 class StoredBlock:
-    """One decoder block of an artifact.
+    """One decoder block of an artifact, or what it holds besides them.
 
     Args:
         dense: full dotted name of a parameter -> its changed value, in the model's dtype.
+        vocabulary: embedding and head, where they are quantized.
     """
 
     linears: Sequence[StoredLinear]
     dense: Mapping[str, Tensor] = field(default_factory=dict)
+    vocabulary: Sequence[StoredLinear] = ()
 
 
 @contextmanager
@@ -66,6 +68,8 @@ def installed(model: nn.Module, blocks: Iterable[StoredBlock]) -> Iterator[nn.Mo
                 _install_linear(model, linear, undo)
             for name, value in block.dense.items():
                 replace_parameter(model, name, value, undo)
+            for matrix in block.vocabulary:
+                install_matrix(model, matrix, undo)
         yield model
 
 
@@ -74,6 +78,19 @@ def _install_linear(model: nn.Module, linear: StoredLinear, undo: ExitStack) -> 
     replace_parameter(model, f"{linear.name}.weight", linear.weight.decode(), undo)
     for handle in quantize_activations(module, linear.inputs, linear.outputs):
         undo.callback(handle.remove)
+
+
+def install_matrix(model: nn.Module, matrix: StoredLinear, undo: ExitStack) -> None:
+    """Put a decoded matrix over the vocabulary wherever the model has it, until `undo` is closed."""
+    modules = holders(model, matrix.name)
+    original: Any = modules[0].weight
+    value = matrix.weight.decode()
+    if value.shape != original.shape:
+        raise ValueError(f"{matrix.name}: artifact of shape {tuple(value.shape)}, model has {tuple(original.shape)}")
+    weight = nn.Parameter(value.to(original.device, original.dtype), requires_grad=False)
+    for module in modules:  # a tied head is the very same parameter
+        module.weight = weight
+        undo.callback(setattr, module, "weight", original)
 
 
 def replace_parameter(model: nn.Module, name: str, value: Tensor, undo: ExitStack) -> None:

@@ -8,13 +8,13 @@ than their bytes.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from quantizers.errors import QuantizationError
-from quantizers.families import linear_at
+from quantizers.families import holders
 
 Key = TypeVar("Key")
 
@@ -38,12 +38,13 @@ class Bank(Generic[Key]):
 
         Args:
             model: whose weights are replaced, in its own dtype and on its own device.
-            variants: full name of a linear -> its variants by any key, such as bits and group size.
+            variants: full name of a linear, or of the embedding -> its variants by any key: bits and group size, say.
         Raises:
-            QuantizationError: a name is no linear.
+            QuantizationError: a name is neither a linear nor an embedding.
         """
-        self._model, self._variants = model, variants
-        self._originals: dict[str, Tensor] = {name: linear_at(model, name).weight for name in variants}
+        self._variants = variants
+        self._holders = {name: holders(model, name) for name in variants}
+        self._originals: dict[str, Any] = {name: modules[0].weight for name, modules in self._holders.items()}
         self._chosen: dict[str, Key | None] = dict.fromkeys(variants)
 
     @property
@@ -71,7 +72,9 @@ class Bank(Generic[Key]):
         for name in changed:
             key = choice.get(name)
             weight = self._originals[name] if key is None else self._decoded(name, self._variants[name][key]())
-            linear_at(self._model, name).weight = nn.Parameter(weight, requires_grad=False)
+            parameter = nn.Parameter(weight, requires_grad=False)
+            for module in self._holders[name]:
+                module.weight = parameter
             self._chosen[name] = key
         return changed
 

@@ -90,6 +90,18 @@ def linear_at(module: nn.Module, name: str) -> nn.Linear:
     return linear
 
 
+def holders(model: nn.Module, name: str) -> list[nn.Module]:
+    """The modules that hold the weight of the one of this name: more than one where it is tied.
+
+    Raises:
+        QuantizationError: neither a linear nor an embedding.
+    """
+    named = model.get_submodule(name)
+    if not isinstance(named, (nn.Linear, nn.Embedding)):
+        raise QuantizationError(f"{name} is a {type(named).__name__}, neither a Linear nor an Embedding")
+    return [module for module in model.modules() if getattr(module, "weight", None) is named.weight]
+
+
 def blocks_of(model: nn.Module, family: Family) -> nn.ModuleList:
     """The decoder blocks of a model, in order.
 

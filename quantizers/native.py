@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from quantizers.apply import StoredBlock, StoredLinear, replace_parameter
+from quantizers.apply import StoredBlock, StoredLinear, install_matrix, replace_parameter
 from quantizers.errors import NoKernelError
 from quantizers.families import linear_at
 from quantizers.native_kernels import Kernel, choose_kernel, form_of
@@ -124,6 +124,8 @@ def natively_installed(
                 replace_parameter(model, name, value, undo)
             for linear in block.linears:
                 _install_linear(model, linear, operators, undo)
+            for matrix in block.vocabulary:  # decoded: no kernel looks up rows of codes
+                install_matrix(model, matrix, undo)
         yield model
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,8 @@ from orchestrator.models.openpangu import TOKENIZER_CLASS, check_tokenizer_files
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from quantizers.vocabulary import VocabularyMatrix
 
 # Buffers that old checkpoints carry and today's classes compute themselves.
 _STALE = ("rotary_emb.inv_freq",)
@@ -30,6 +32,7 @@ class ModelShape:
         bits_per_value: 16 or 32, by the checkpoint's dtype.
         max_positions: the longest context; None where the configuration names none.
         dtype: what it computes in.
+        matrices: "embedding" and "head" -> the matrix; no head where it is the embedding.
     """
 
     linears: dict[str, tuple[int, int]]
@@ -38,6 +41,7 @@ class ModelShape:
     max_positions: int | None
     vocabulary: int
     dtype: str = "float32"
+    matrices: dict[str, VocabularyMatrix] = field(default_factory=dict)
 
 
 def empty_model(directory: Path, dtype: str, where: str) -> PreTrainedModel:
@@ -120,6 +124,7 @@ def shape_of(config: Any, dtype: str, subject: str) -> ModelShape:
 
 def _shape(model: PreTrainedModel) -> ModelShape:
     from quantizers.stream import linears_of
+    from quantizers.vocabulary import matrices_of
 
     parameters = {id(parameter): parameter for parameter in model.parameters()}  # tied ones once
     return ModelShape(
@@ -129,6 +134,7 @@ def _shape(model: PreTrainedModel) -> ModelShape:
         max_positions=getattr(model.config, "max_position_embeddings", None),
         vocabulary=model.config.vocab_size,
         dtype=str(model.dtype).removeprefix("torch."),
+        matrices=matrices_of(model),
     )
 
 

@@ -70,6 +70,21 @@ class StreamedModel:
                 self._fill(module, prefix)
         yield shell
 
+    def vocabulary_matrix(self, role: str) -> tuple[str, torch.Tensor]:
+        """The name and the weight [words, hidden size] of the embedding or the head, read now.
+
+        Args:
+            role: a key of `quantizers.vocabulary.matrices_of`.
+        Raises:
+            BitatlasError: the checkpoint lacks it.
+        """
+        from quantizers.vocabulary import matrices_of
+
+        name = matrices_of(self._skeleton)[role].name
+        wanted = self._skeleton.get_submodule(name).weight.dtype
+        weight = self._read(f"{name}.", {"weight": wanted})["weight"]
+        return name, weight.to(self.device, wanted)
+
     def _fill(self, module: nn.Module, prefix: str) -> None:
         """Give a module without memory its tensors, on the device."""
         wanted = {name: tensor.dtype for name, tensor in module.named_parameters()}

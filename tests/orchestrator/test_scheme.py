@@ -38,6 +38,10 @@ REFUSED = [
     (RTN | {"method": "gtpq"}, ".method = 'gtpq' is unknown; did you mean 'gptq'?; known methods: rtn, gptq"),
     (RTN | {"method": 3}, ".method = 3 is unknown"),
     (RTN | {"method": {"name": "rtn"}}, ".method = {'name': 'rtn'} is unknown"),
+    (RTN | {"embedding": 9}, ".embedding.weight_bits = 9: must be a whole number from 1 to 8"),
+    (RTN | {"head": {"bits": 8}}, ".head: unknown key 'bits'; the keys here are weight_bits, group_size"),
+    (RTN | {"head": {"group_size": 0}}, ".head.group_size = 0: must be a positive whole number"),
+    (RTN | {"mse_search": True, "head": 1}, "mse_search has no range to shrink at 1 bit"),
     (RTN | {"options": 3}, ".options = 3: must be a mapping of the method's options"),
     (RTN | {"options": None}, ".options = None: must be a mapping of the method's options"),
     (
@@ -74,6 +78,8 @@ def test_refused_with_the_field_and_the_rule(fields, words):
         (RTN | {"activation_bits": 8}, "rtn-w4a8-pc"),
         (RTN | {"convention": "awq-asym", "mse_search": True}, "rtn-w4-pc-awq-asym-mse"),
         (GPTQ | {"options": {"preset": "as_published"}}, "gptq-w4-pc-as_published"),
+        (GPTQ | {"embedding": 8, "head": {"weight_bits": 6, "group_size": 32}}, "gptq-w4-pc-e8-h6"),
+        (GPTQ | {"embedding": 16, "head": None}, "gptq-w4-pc"),
     ],
 )
 def test_label(fields, label):
@@ -136,6 +142,22 @@ def test_quantized_activations():
     assert '"activation_granularity": "per_tensor"' in scheme.row_options
     assert "activation" not in parse_scheme(RTN, "x").row_options
     assert parse_scheme(scheme.as_entry(), "x") == scheme
+
+
+def test_embedding_and_head_take_what_the_entry_says_where_they_say_nothing():
+    fields = GPTQ | {"group_size": 64, "convention": "awq-asym", "embedding": 8, "head": {"group_size": 32}}
+    scheme = parse_scheme(fields, "x")
+    grids = scheme.vocabulary()
+    assert {role: (grid.bits, grid.group_size, grid.convention) for role, grid in grids.items()} == {
+        "embedding": (8, 64, "awq-asym"),
+        "head": (4, 32, "awq-asym"),
+    }
+    assert parse_scheme(scheme.as_entry(), "again") == scheme
+    assert json.loads(scheme.row_options)["embedding"] == {"weight_bits": 8, "group_size": 64}
+    assert scheme.code_version.startswith(scheme.build().code_version + ", vocabulary by rtn/")
+    plain = parse_scheme(GPTQ, "x")
+    assert plain.code_version == plain.build().code_version
+    assert not {"embedding", "head"} & set(plain.as_entry())
 
 
 MIXED = {

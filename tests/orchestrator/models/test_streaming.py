@@ -47,6 +47,17 @@ def test_a_dtype_can_be_asked_for(tiny_checkpoint):
     assert {parameter.dtype for parameter in block.parameters()} == {torch.float16}
 
 
+def test_the_matrices_over_the_vocabulary(tiny_checkpoint, make_checkpoint, tmp_path):
+    untied = make_checkpoint(tmp_path / "model", tie_word_embeddings=False)
+    for directory, roles in ((tiny_checkpoint, ["embedding"]), (untied, ["embedding", "head"])):
+        model, source = load_model(directory), StreamedModel(directory, "auto", "cpu")
+        for role in roles:
+            name, weight = source.vocabulary_matrix(role)
+            assert torch.equal(weight, model.get_parameter(f"{name}.weight"))
+            assert weight.dtype == torch.bfloat16
+    assert StreamedModel(untied, "float32", "cpu").vocabulary_matrix("head")[1].dtype == torch.float32
+
+
 def test_what_is_missing_or_misshapen_is_refused_by_name(make_checkpoint, tmp_path):
     directory = make_checkpoint(tmp_path / "model")
     (file,) = directory.glob("*.safetensors")
