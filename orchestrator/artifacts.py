@@ -128,7 +128,7 @@ class ArtifactWriter:
 
     def add_block(self, block: QuantizedBlock) -> None:
         """Write one decoder block."""
-        file = f"block-{len(self._files):04d}.safetensors"
+        file = f"block-{len(self._files) - len(self._vocabulary):04d}.safetensors"
         tensors: dict[str, Tensor] = {}
         for linear in block.linears:
             own, self._linears[linear.name] = _stored(linear, file)

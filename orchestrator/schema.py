@@ -102,7 +102,7 @@ ITEMS = Table(
     },
 )
 
-# One row per quantized linear.
+# One row per quantized linear, and per embedding or head where they are quantized.
 LAYERS = Table(
     "layers",
     _CELL

@@ -246,7 +246,7 @@ class Worker:
         from orchestrator.models.loading import verified_directory
         from orchestrator.models.streaming import StreamedModel
         from quantizers.stream import quantize_blocks
-        from quantizers.vocabulary import quantize_matrix
+        from quantizers.vocabulary import EMBEDDING, quantize_matrix
 
         scheme: Scheme = payload["scheme"]
         # The engine reads the float weights block by block; the model in memory, if any, is for evaluating.
@@ -260,12 +260,14 @@ class Worker:
         writer = ArtifactWriter(directory)
         try:
             shared = self._shared_statistics(source, method, model, windows)
-            told = self._progress("quantizing block")
-            for block in quantize_blocks(source, method, tokens, shared=shared, progress=told):
-                writer.add_block(block)
+            matrices = {}
             for role, grid in scheme.vocabulary().items():
                 self._report(f"quantizing the {role}")
-                writer.add_matrix(quantize_matrix(*source.vocabulary_matrix(role), grid))
+                matrices[role] = quantize_matrix(*source.vocabulary_matrix(role), grid)
+                writer.add_matrix(matrices[role])
+            embedding, told = matrices.get(EMBEDDING), self._progress("quantizing block")
+            for block in quantize_blocks(source, method, tokens, shared=shared, embedding=embedding, progress=told):
+                writer.add_block(block)
             artifact = writer.finish(
                 cell=payload["cell"],
                 model=payload["model"],

@@ -7,12 +7,13 @@ own modules run, with a stage's output linear swapped for the identity while its
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from quantizers.apply import StoredLinear, install_matrix
 from quantizers.block_source import BlockSource
 from quantizers.errors import NumericalError
 from quantizers.families import Family, blocks_of, linear_at
@@ -166,9 +167,17 @@ def record_inputs(
     return hidden, arguments
 
 
-def enter(source: BlockSource, windows: Tensor) -> tuple[list[Tensor], list[list[dict[str, Any]]]]:
-    """`record_inputs` for calibration windows [windows, tokens], cut into batches."""
+def enter(
+    source: BlockSource, windows: Tensor, embedding: StoredLinear | None = None
+) -> tuple[list[Tensor], list[list[dict[str, Any]]]]:
+    """`record_inputs` for calibration windows [windows, tokens], cut into batches.
+
+    Args:
+        embedding: stands in the place of the model's own.
+    """
     per_batch = max(1, _TOKENS_PER_BATCH // windows.shape[1])
     batches = list(torch.split(windows.to(source.device), per_batch))
-    with source.shell() as model:
+    with source.shell() as model, ExitStack() as undo:
+        if embedding is not None:
+            install_matrix(model, embedding, undo)
         return record_inputs(model, source.family, batches)

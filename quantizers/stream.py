@@ -64,6 +64,7 @@ def quantize_blocks(
     windows: Tensor | None,
     *,
     shared: SharedStatistics | None = None,
+    embedding: StoredLinear | None = None,
     progress: Progress | None = None,
 ) -> Iterator[QuantizedBlock]:
     """Quantize a causal language model, yielding one decoder block at a time.
@@ -73,6 +74,7 @@ def quantize_blocks(
         method: a method with its options.
         windows: int64 [windows, tokens] calibration tokens; None is fine where the method needs no calibration.
         shared: statistics of the float model, where they are known already; collected here otherwise.
+        embedding: quantized, which on the quantized path is what the first block's inputs come from.
         progress: called with (blocks done, blocks) before each block and at the end.
     Raises:
         QuantizationError: a group size that does not fit, non-finite weights or activations (with the tensor's name),
@@ -85,7 +87,7 @@ def quantize_blocks(
     if windows is not None and needs_shared(method) and shared is None:
         known = list(collect_float_statistics(source, windows, hessians=shares_hessians(method)))
         shared = known.__getitem__
-    streams = _Streams.enter(source, method, windows) if windows is not None and walks(method) else None
+    streams = _Streams.enter(source, method, windows, embedding) if windows is not None and walks(method) else None
     quantize = _quantize_on_float_path if method.path == "float" or streams is None else _quantize_on_quantized_path
     for index in range(source.num_blocks):
         if progress:
@@ -129,12 +131,15 @@ class _Streams:
     arguments: Sequence[Sequence[Mapping[str, Any]]]
 
     @classmethod
-    def enter(cls, source: BlockSource, method: Method, windows: Tensor) -> _Streams:
+    def enter(cls, source: BlockSource, method: Method, windows: Tensor, embedding: StoredLinear | None) -> _Streams:
         needs = method.needs
         if method.path == "float":
-            windows = windows[:: needs.stride(len(windows))]
-        hidden, arguments = enter(source, windows)
-        return cls(hidden=hidden, float_hidden=list(hidden) if needs.drift else None, arguments=arguments)
+            windows, embedding = windows[:: needs.stride(len(windows))], None
+        hidden, arguments = enter(source, windows, embedding)
+        float_hidden = None
+        if needs.drift:
+            float_hidden = list(hidden) if embedding is None else enter(source, windows)[0]
+        return cls(hidden=hidden, float_hidden=float_hidden, arguments=arguments)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.atlas.rows import parse_object
+from orchestrator.scheme import VOCABULARY_FIELDS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -48,7 +49,7 @@ def variant_labels(cells: Sequence[Cell]) -> dict[CellKey, str]:
     for method in dict.fromkeys(cell.method for cell in cells):
         family = [cell for cell in cells if cell.method == method]
         options = _varying([cell.options for cell in family], where_absent=False)
-        options = [name for name in options if name != "layers"]
+        options = [name for name in options if name not in ("layers", *VOCABULARY_FIELDS)]
         # A cell without calibration data is one that needs none; it varies in nothing.
         calibration = _varying([cell.calibration for cell in family if cell.calibration])
         for cell in family:
@@ -61,10 +62,17 @@ def variant_labels(cells: Sequence[Cell]) -> dict[CellKey, str]:
                 parts.append("sym" if cell.symmetric else "asym")
             if cell.options.get("layers"):  # by its size: names of all layers are in the section on the search
                 parts.append(f"mixed {bits(cell.decoder_bits_per_weight)} bits")
+            parts += [_matrix(role, cell.options[role]) for role in VOCABULARY_FIELDS if cell.options.get(role)]
             parts += [f"{name}={_scalar(cell.options[name])}" for name in options if name in cell.options]
             parts += [f"{name}={_scalar(cell.calibration[name])}" for name in calibration if name in cell.calibration]
             labels[cell.key] = " ".join(parts)
     return _without_twins(cells, labels)
+
+
+def _matrix(role: str, own: object) -> str:
+    """ "embedding 8 bits"; where it is nothing that we wrote, as it is."""
+    bits_of = own.get("weight_bits") if isinstance(own, dict) else None
+    return f"{role} {counted(bits_of, 'bit')}" if isinstance(bits_of, int) else f"{role}={_scalar(own)}"
 
 
 def _without_twins(cells: Sequence[Cell], labels: dict[CellKey, str]) -> dict[CellKey, str]:

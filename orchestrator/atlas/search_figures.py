@@ -53,7 +53,8 @@ def allocation_figure(space: Space, allocation: Allocation) -> Figure:
     """Bits by block and kind; the colour is what is stored, scales and zeros included."""
     grid = Grid.of(space)
     squares = bits_squares(space, grid, allocation)
-    stored = [8 * one.stored_bytes / group.num_weights for group in space.groups for one in group.choices]
+    placed = [group for group in space.groups if group.name not in grid.outside] or space.groups
+    stored = [8 * one.stored_bytes / group.num_weights for group in placed for one in group.choices]
     return _heatmap(
         grid,
         values={place: square.stored_bits for place, square in squares.items()},

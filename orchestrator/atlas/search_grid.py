@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from orchestrator.atlas import labels
 from orchestrator.atlas.layer_figures import layer_place
+from orchestrator.search.space import LEFT_ALONE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -133,10 +134,14 @@ def _ruler(blocks: Sequence[int], size: int) -> str:
 
 
 def short_choice(weight_bits: int, group_size: int) -> str:
-    """ "3-g64", as the search names its uniform starts; "3-pc" is per channel."""
+    """ "3-g64", as the search names its uniform starts; "3-pc" is per channel, "16" left alone."""
+    if weight_bits == LEFT_ALONE:
+        return str(LEFT_ALONE)
     return f"{weight_bits}-{f'g{group_size}' if group_size else 'pc'}"
 
 
 def choice_name(weight_bits: int, group_size: int) -> str:
-    """ "3 bits, g64"."""
+    """ "3 bits, g64"; an embedding or a head may be "left alone"."""
+    if weight_bits == LEFT_ALONE:
+        return "left alone"
     return f"{labels.counted(weight_bits, 'bit')}, {f'g{group_size}' if group_size else 'per channel'}"

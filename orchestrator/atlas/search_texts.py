@@ -9,6 +9,7 @@ from orchestrator.atlas import labels
 from orchestrator.atlas.search_grid import Grid, bits_squares, choice_name, compact, short_choice
 from orchestrator.atlas.search_hurt import grid_of, heaviest, levels, worst
 from orchestrator.atlas.search_rows import is_finite
+from orchestrator.search.space import LEFT_ALONE
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from orchestrator.atlas.search_hurt import Level
     from orchestrator.atlas.search_rows import Point, Search, Study
     from orchestrator.atlas.tables import ModelMap
-    from orchestrator.search.space import Allocation, Space
+    from orchestrator.search.space import Allocation, Group, Space
 
 TITLE = "Search"
 HURT_TITLE = "Which layers hurt"
@@ -56,16 +57,24 @@ def title(search: Search) -> str:
     return f"{TITLE}: {labels.plain(search.name)}" if search.name else TITLE
 
 
+def _choices(groups: Sequence[Group]) -> str:
+    choices = {(choice.weight_bits, choice.group_size) for group in groups for choice in group.choices}
+    return ", ".join(short_choice(bits, size) for bits, size in sorted(choices))
+
+
 def about(search: Search) -> str:
     """Of what it is, and what it may choose among."""
     parts = [f"Model {labels.plain(search.model)}"] if search.model else []
     if search.space is not None:
-        choices = dict.fromkeys(
-            (choice.weight_bits, choice.group_size) for group in search.space.groups for choice in group.choices
-        )
-        names = ", ".join(short_choice(bits, size) for bits, size in sorted(choices))
-        count = labels.counted(len(search.space.groups), "group")
-        parts.append(f"{count} of linears, {search.space.num_weights:,} weights, to choose among {names}")
+        linears = [group for group in search.space.groups if not group.role]
+        count = labels.counted(len(linears), "group")
+        weights = sum(group.num_weights for group in linears)
+        parts.append(f"{count} of linears, {weights:,} weights, to choose among {_choices(linears)}")
+        parts += [
+            f"its {group.role}, {group.num_weights:,} weights, among {_choices([group])}"
+            for group in search.space.groups
+            if group.role
+        ]
     if search.objective:
         parts.append(f"the objective is the {objective(search)}")
     if not parts:
@@ -295,6 +304,7 @@ def _missing(search: Search, found: Sequence[Level]) -> list[str]:
         for group in search.space.groups
         if len(group.choices) > 1
         for choice in group.choices
+        if choice.weight_bits != LEFT_ALONE  # of the float model nothing is measured
     }
     measured = {
         (name, level.weight_bits, level.group_size)

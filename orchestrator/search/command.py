@@ -245,8 +245,9 @@ class _Session:
 
     def _scheme(self, allocation: Allocation) -> Scheme:
         """The scheme of a cell: quantized in sequence, as any other cell is."""
+        given = zip(self._space.groups, self._space.choices(allocation), strict=True)
         common = Counter(
-            (choice.weight_bits, choice.group_size) for choice in self._space.choices(allocation)
+            (choice.weight_bits, choice.group_size) for group, choice in given if not group.role
         ).most_common(1)[0][0]
         base = replace(self._search.schemes[0], weight_bits=common[0], group_size=common[1])
         return parse_scheme(self._space.entry(base, allocation), "search")

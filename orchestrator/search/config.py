@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
@@ -14,7 +15,10 @@ from pydantic_core import PydanticCustomError
 from evaluators.tasks import generates
 from orchestrator.config import CorpusField, Strict, Sweep, TaskName, describe, expand, parse_sweep, read_yaml
 from orchestrator.errors import BitatlasError
-from orchestrator.scheme import Scheme
+from orchestrator.scheme import UNQUANTIZED_BITS, VOCABULARY_FIELDS, Scheme, parse_scheme
+
+if TYPE_CHECKING:
+    from quantizers.grid import Grid
 
 SamplerName = Literal["level-switch", "tpe", "gp", "random"]
 FrontSamplerName = Literal["nsga2", "tpe", "random"]
@@ -23,6 +27,10 @@ Corpora = Annotated[
 ]
 """One corpus or several."""
 ObjectiveName = Literal["kl_divergence", "perplexity", "task"]
+
+
+def _listed(value: Any) -> Any:
+    return value if isinstance(value, (list, tuple)) else (value,)
 
 
 class StageConfig(Strict):
@@ -38,6 +46,20 @@ class SensitivityConfig(Strict):
     bases: tuple[Literal["fp", "uniform"], ...] = Field(default=("fp",), min_length=1)
     windows: int = Field(default=2, ge=1)
     rounds: int = Field(default=1, ge=0)  # of level-switch: steps from the best start measured, and solved again
+
+
+class MatrixConfig(Strict):
+    """The choices of the embedding or the head: each of these bits (16 leaves it alone) with each of these groups."""
+
+    weight_bits: Annotated[tuple[Any, ...], BeforeValidator(_listed)] = Field(min_length=1)
+    group_size: Annotated[tuple[Any, ...], BeforeValidator(_listed)] | None = Field(default=None, min_length=1)
+
+
+Matrix = Annotated[
+    MatrixConfig,
+    BeforeValidator(lambda value: {"weight_bits": value} if isinstance(value, (int, list, tuple)) else value),
+]
+"""Bits alone, or bits and groups."""
 
 
 class FrontConfig(Strict):
@@ -67,12 +89,15 @@ class ObjectiveTask(Strict):
 class SearchConfig(Strict):
     """What is searched, by what, on which tokens, and for how long.
 
-    Budgets are stored bits per weight of the decoder's linears, scales and zeros included, or bytes of the checkpoint.
+    Budgets are stored bits per weight of the decoder's linears, scales and zeros included, or bytes of the checkpoint;
+    where embedding or head are searched too, bytes alone.
     Counts of evaluations are of allocations on all `windows`: one that is measured on some of them counts in part.
     """
 
     bank: dict[str, Any]
     pinned: dict[str, Any] = Field(default_factory=dict)
+    embedding: Matrix | None = None
+    head: Matrix | None = None
     budgets: tuple[float | dict[str, int], ...] = ()
     front: FrontConfig | None = None
     objective: ObjectiveName = "kl_divergence"
@@ -114,6 +139,14 @@ class SearchConfig(Strict):
             )
         if survivors != sorted(survivors, reverse=True):
             raise PydanticCustomError("told", f"stages must have falling survivors, of {self.offspring} offspring")
+        for role in VOCABULARY_FIELDS:
+            if getattr(self, role) is not None and not all(isinstance(budget, dict) for budget in self.budgets):
+                raise PydanticCustomError(
+                    "told",
+                    "search.{role} has choices, and budgets in bits are of the decoder's linears alone; give "
+                    "{{checkpoint_bytes: N}}",
+                    {"role": role},
+                )
         if not self.starts and self.sampler == "level-switch":
             raise PydanticCustomError("told", "search.starts = false: level-switch begins with a start; leave it true")
         if self.sensitivity.windows > self.windows:
@@ -159,6 +192,7 @@ class Search:
         bank: one scheme per choice, as the bank's sweep quantizes them.
         schemes: the same as cells would have them; `bank` differs where a method can look at float inputs.
         pinned: pattern of linears -> their one scheme, likewise of the bank.
+        matrices: "embedding" and "head", where they are searched -> the grids to choose among; None leaves it alone.
     """
 
     sweep: Sweep
@@ -166,6 +200,7 @@ class Search:
     bank: tuple[Scheme, ...]
     schemes: tuple[Scheme, ...]
     pinned: Mapping[str, Scheme]
+    matrices: Mapping[str, tuple[Grid | None, ...]]
 
     @property
     def model(self) -> str:
@@ -237,6 +272,11 @@ def parse_search(document: Any, file: str) -> Search:
         bank=tuple(_bank_scheme(scheme) for scheme in schemes),
         schemes=schemes,
         pinned=pinned,
+        matrices={
+            role: _grids(schemes[0], role, getattr(settings, role), f"{file}: search.{role}")
+            for role in VOCABULARY_FIELDS
+            if getattr(settings, role) is not None
+        },
     )
 
 
@@ -252,6 +292,9 @@ def _choices(bank: Mapping[str, Any], where: str, file: str) -> tuple[Scheme, ..
 
     if "layers" in bank:
         raise BitatlasError(f"{where}.layers: linears get their bits by the search; use pinned for those that are set")
+    for role in VOCABULARY_FIELDS:
+        if role in bank:
+            raise BitatlasError(f"{where}.{role}: the {role} is no linear of the bank; its choices are search.{role}")
     try:
         schemes = expand(dict(bank), 0, file)
     except BitatlasError as error:
@@ -285,10 +328,21 @@ def _bank_scheme(scheme: Scheme) -> Scheme:
     return replace(scheme, options=json.dumps(options | {"path": "float"}, sort_keys=True))
 
 
+def _grids(scheme: Scheme, role: str, asked: MatrixConfig, where: str) -> tuple[Grid | None, ...]:
+    """The grids of a matrix's choices, of the bank's convention."""
+    found: dict[Grid | None, None] = {}
+    for bits, group_size in itertools.product(asked.weight_bits, asked.group_size or (scheme.group_size or None,)):
+        own = {"weight_bits": bits, "group_size": group_size or "per_channel"}
+        try:
+            one = parse_scheme(scheme.as_entry() | {role: bits if bits == UNQUANTIZED_BITS else own}, "")
+        except BitatlasError as error:
+            raise BitatlasError(f"{where}{str(error).removeprefix(f'.{role}')}") from error
+        found[one.vocabulary().get(role)] = None
+    return tuple(found)
+
+
 def _pinned(scheme: Scheme, value: Any, where: str) -> Scheme:
     """The scheme that a pinned group gets: bits, or weight_bits and group_size."""
-    from orchestrator.scheme import parse_scheme
-
     entry = scheme.as_entry() | (value if isinstance(value, dict) else {"weight_bits": value})
     for key in value if isinstance(value, dict) else ():
         if key not in ("weight_bits", "group_size"):

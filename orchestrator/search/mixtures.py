@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from orchestrator.search.space import Space
+from orchestrator.search.space import LEFT_ALONE, Space
 from quantizers.bank import Bank, Variant
 
 Key = tuple[int, int]
@@ -26,7 +26,8 @@ class Mixtures:
         """Take a model with its float weights in place; nobody else changes its weights until `close`.
 
         Args:
-            variants: linear -> (weight_bits, group_size) -> as it is stored; one for each choice of its group.
+            variants: linear, or matrix over the vocabulary -> (weight_bits, group_size) -> as it is stored; one for
+                each choice of its group.
         """
         self.model, self.space = model, space
         self._bank: Bank[Key] = Bank(model, variants)
@@ -35,8 +36,8 @@ class Mixtures:
         """Have a mixture in the model."""
         choice: dict[str, Key | None] = {}
         for group, index in zip(self.space.groups, mixture, strict=True):
-            if index is not None:
-                found = group.choices[index]
+            found = None if index is None else group.choices[index]
+            if found is not None and found.weight_bits != LEFT_ALONE:
                 choice |= dict.fromkeys(group.linears, (found.weight_bits, found.group_size))
         self._bank.apply(choice)
 

@@ -17,6 +17,7 @@ from evaluators.divergence import token_losses
 from evaluators.head import hidden_states, split, target_chunks
 from orchestrator.search.mixtures import Mixture, Mixtures
 from quantizers.families import blocks_of, family_of
+from quantizers.vocabulary import EMBEDDING
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from evaluators.divergence import TopTokens
+    from orchestrator.search.space import Group
 
 _PREFIX_BYTES = 4 << 30
 
@@ -59,7 +61,7 @@ class Probe:
         family = family_of(mixtures.model)
         self._blocks = blocks_of(mixtures.model, family)
         self._mixtures, self._windows, self._reference = mixtures, windows, reference
-        self._first_block = [_block_of(group.linears[0], family.blocks) for group in mixtures.space.groups]
+        self._first_block = [_first_block(group, family.blocks, len(self._blocks)) for group in mixtures.space.groups]
         self._base: Mixture | None = None
         self._prefixes: dict[int, list[Tensor]] = {}  # of the base: window -> hidden states before each block
         self._prefix_bytes, self._held_bytes = prefix_bytes, 0
@@ -162,5 +164,8 @@ def _passing(value: Tensor | None) -> Callable[..., Tensor]:
     return forward
 
 
-def _block_of(linear: str, blocks: str) -> int:
-    return int(linear.removeprefix(f"{blocks}.").partition(".")[0])
+def _first_block(group: Group, blocks: str, num_blocks: int) -> int:
+    """The first block whose output depends on a group: all blocks on the embedding, none on the head."""
+    if group.role:
+        return 0 if group.role == EMBEDDING else num_blocks
+    return int(group.linears[0].removeprefix(f"{blocks}.").partition(".")[0])

@@ -138,6 +138,7 @@ def space_as_json(space: Space) -> list[dict[str, Any]]:
     return [
         {
             "group": group.name,
+            **({"role": group.role} if group.role else {}),
             "linears": list(group.linears),
             "num_weights": group.num_weights,
             "choices": [
@@ -157,6 +158,7 @@ def space_from_json(groups: Sequence[Mapping[str, Any]]) -> Space:
                 linears=tuple(group["linears"]),
                 num_weights=group["num_weights"],
                 choices=tuple(Choice(**choice) for choice in group["choices"]),
+                role=group.get("role", ""),
             )
             for group in groups
         )

@@ -17,8 +17,8 @@ from orchestrator.search.crew import Crew
 from orchestrator.search.front import FrontSearch
 from orchestrator.search.objective import Objective
 from orchestrator.search.records import SENSITIVITY, TRIALS, Records, space_as_json
-from orchestrator.search.sensitivity import FP, Place, base_of, every_choice, measured, steps_from, table
-from orchestrator.search.space import Allocation, Space, make_space
+from orchestrator.search.sensitivity import FP, Place, base_of, every_choice, is_of_base, measured, steps_from, table
+from orchestrator.search.space import Allocation, Space, make_space, matrix_group
 from orchestrator.search.starts import Start, about, largest_uniform, neighbours, starts, uniform_allocations
 from orchestrator.search.view import SearchView
 from orchestrator.search.worker import Setting, TaskUnits, facts_of
@@ -28,17 +28,29 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from orchestrator.search.mixtures import Key, Mixture
+    from quantizers.grid import Grid
 
 
 def space_of(search: Search, model: ModelInput, file: str) -> Space:
     """The space of a search.
 
     Raises:
-        BitatlasError: a pattern of `pinned` fits no group, or a scheme no linear.
+        BitatlasError: a pattern of `pinned` fits no group, or a scheme no linear; or the head is the embedding.
     """
+    from quantizers.errors import QuantizationError
+    from quantizers.vocabulary import check_vocabulary
+
+    shape = model.shape
     try:
-        return make_space(model.shape.linears, search.bank, search.pinned)
-    except BitatlasError as error:
+        for role, grids in search.matrices.items():
+            for grid in grids:
+                check_vocabulary({} if grid is None else {role: grid}, shape.matrices, of=f" of {search.model}")
+        matrices = [
+            matrix_group(role, shape.matrices[role], grids, shape.bits_per_value)
+            for role, grids in search.matrices.items()
+        ]
+        return make_space(shape.linears, search.bank, search.pinned, matrices)
+    except (BitatlasError, QuantizationError) as error:
         raise BitatlasError(f"{file}: search.{error}") from error
 
 
@@ -56,8 +68,9 @@ def budgets_of(search: Search, space: Space, model: ModelInput, file: str) -> li
             untouched = model.shape.fp_bytes - space.num_weights * model.shape.bits_per_value // 8
             if total <= untouched:
                 raise BitatlasError(
-                    f"{where} of {total} bytes is below the {untouched} bytes of what is not quantized (embeddings, "
-                    f"norms, head); the least possible is {untouched + space.stored_bytes(space.least)} bytes"
+                    f"{where} of {total} bytes is below the {untouched} bytes of what is not quantized "
+                    f"({', '.join(_untouched(search))}); the least possible is "
+                    f"{untouched + space.stored_bytes(space.least)} bytes"
                 )
             found.append(Budget(name=f"{total} bytes", stored_bytes=space.check_budget(total - untouched, where)))
         else:
@@ -69,6 +82,10 @@ def budgets_of(search: Search, space: Space, model: ModelInput, file: str) -> li
         if names.count(name) > 1:
             raise BitatlasError(f"{file}: search.budgets names {name} twice; name each budget once")
     return found
+
+
+def _untouched(search: Search) -> list[str]:
+    return [name for name in ("embedding", "head") if name not in search.matrices] + ["norms"]
 
 
 class SearchRun:
@@ -92,14 +109,26 @@ class SearchRun:
         self._search, self._space, self._budgets = search, space, budgets
         self._records, self._view = records, view
         facts = {"source": model.source, "dtype": model.dtype, "digest": model.digest}
+        matrices: dict[str, dict[Key, Grid]] = {
+            model.shape.matrices[role].name: {(grid.bits, grid.group_size): grid for grid in grids if grid is not None}
+            for role, grids in search.matrices.items()
+        }
         described = [
             facts["digest"],
             facts["dtype"],
             facts_of(windows),
             sorted(artifacts.values()),
             space_as_json(space),
+            sorted(map(str, matrices.items())),
         ]
-        setting = Setting(key=content_hash(described), model=facts, space=space, artifacts=artifacts, windows=windows)
+        setting = Setting(
+            key=content_hash(described),
+            model=facts,
+            space=space,
+            artifacts=artifacts,
+            windows=windows,
+            matrices=matrices,
+        )
         self._crew = Crew(pool, setting, stop=stop, told=view.ran)
         settings = search.settings
         self._objective = Objective(
@@ -179,7 +208,7 @@ class SearchRun:
         if base != FP and uniform is None:
             self._view.say(f"no uniform allocation fits {budget.name}: its sensitivities are those of the float model")
         mixture = base_of(self._space, name, None if uniform is None else uniform.allocation)
-        places = [(place, index) for place, index in every_choice(self._space) if mixture[place] != index]
+        places = [place for place in every_choice(self._space) if not is_of_base(self._space, mixture, place)]
         with self._view.phase(f"sensitivity ({name})", self._sensitivity_windows * len(places)):
             rows = self._measured(name, mixture, places)
             (loss,) = self._objective.losses([mixture], self._sensitivity_windows, "sensitivity")

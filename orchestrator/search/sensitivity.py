@@ -12,7 +12,7 @@ from typing import Any
 
 from orchestrator.search.mixtures import Mixture
 from orchestrator.search.objective import Objective
-from orchestrator.search.space import Allocation, Space
+from orchestrator.search.space import LEFT_ALONE, Allocation, Space
 
 FP = "fp"
 _AT_ONCE = 48  # then they are recorded: what a killed driver loses
@@ -36,6 +36,14 @@ def every_choice(space: Space) -> list[Place]:
         for index in range(len(group.choices))
         if len(group.choices) > 1
     ]
+
+
+def is_of_base(space: Space, base: Mixture, place: Place) -> bool:
+    """Whether the base has this choice already; in the float model it is that of leaving a matrix alone."""
+    group, index = place
+    if base[group] is None:
+        return space.groups[group].choices[index].weight_bits == LEFT_ALONE
+    return base[group] == index
 
 
 def steps_from(space: Space, allocation: Allocation) -> list[Place]:

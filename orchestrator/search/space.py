@@ -1,7 +1,8 @@
 """The allocations of bits that a search may choose among, and what each takes, to the byte. Pure.
 
-Linears that share their input are one group and share a choice: q, k and v; o; gate and up; down of each block. An
-allocation is one index per group, into the group's choices in their order of bytes.
+Linears that share their input are one group and share a choice: q, k and v; o; gate and up; down of each block.
+Embedding and head, where they are searched too, are groups of their own. An allocation is one index per group, into the
+group's choices in their order of bytes.
 """
 
 from __future__ import annotations
@@ -16,8 +17,11 @@ from orchestrator.errors import BitatlasError
 
 if TYPE_CHECKING:
     from orchestrator.scheme import Scheme
+    from quantizers.grid import Grid
+    from quantizers.vocabulary import VocabularyMatrix
 
 Allocation = tuple[int, ...]
+LEFT_ALONE = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +29,7 @@ class Choice:
     """One way to quantize a group.
 
     Args:
-        weight_bits: bits per code.
+        weight_bits: bits per code; 16 leaves an embedding or a head as it is.
         group_size: 0 is per channel.
         stored_bytes: of the group's linears together, scales and zeros included.
     """
@@ -43,11 +47,13 @@ class Group:
         linears: full names.
         num_weights: of all of them.
         choices: in rising order of bytes; one alone where the group is pinned.
+        role: "embedding" or "head"; empty of the decoder's linears.
     """
 
     linears: tuple[str, ...]
     num_weights: int
     choices: tuple[Choice, ...]
+    role: str = ""
 
     @property
     def name(self) -> str:
@@ -63,7 +69,7 @@ class Space:
 
     @cached_property
     def num_weights(self) -> int:
-        """Weights of all linears."""
+        """Weights of all groups."""
         return sum(group.num_weights for group in self.groups)
 
     @cached_property
@@ -81,7 +87,7 @@ class Space:
         return [group.choices[index] for group, index in zip(self.groups, allocation, strict=True)]
 
     def stored_bytes(self, allocation: Allocation) -> int:
-        """Of all linears, scales and zeros included."""
+        """Of all groups, scales and zeros included."""
         return sum(choice.stored_bytes for choice in self.choices(allocation))
 
     def bits_per_weight(self, allocation: Allocation) -> float:
@@ -122,15 +128,23 @@ class Space:
             scheme: the method, whose bits and groups hold where nothing else is said.
         """
         layers: dict[str, dict[str, Any]] = {}
+        matrices: dict[str, dict[str, Any]] = {}
         for group, choice in zip(self.groups, self.choices(allocation), strict=True):
-            if (choice.weight_bits, choice.group_size) != (scheme.weight_bits, scheme.group_size):
+            if group.role:
+                if choice.weight_bits != LEFT_ALONE:
+                    own = {"weight_bits": choice.weight_bits, "group_size": choice.group_size or "per_channel"}
+                    matrices[group.role] = own
+            elif (choice.weight_bits, choice.group_size) != (scheme.weight_bits, scheme.group_size):
                 own = {"weight_bits": choice.weight_bits, "group_size": choice.group_size or "per_channel"}
                 layers |= dict.fromkeys(group.linears, own)
-        return scheme.as_entry() | ({"layers": layers} if layers else {})
+        return scheme.as_entry() | ({"layers": layers} if layers else {}) | matrices
 
 
 def make_space(
-    linears: Mapping[str, tuple[int, int]], schemes: Sequence[Scheme], pinned: Mapping[str, Scheme] | None = None
+    linears: Mapping[str, tuple[int, int]],
+    schemes: Sequence[Scheme],
+    pinned: Mapping[str, Scheme] | None = None,
+    matrices: Sequence[Group] = (),
 ) -> Space:
     """The space of a model.
 
@@ -138,6 +152,7 @@ def make_space(
         linears: full name -> (out_features, in_features), in order.
         schemes: the choices: one method with several bits or groups.
         pinned: pattern of full names -> the one scheme that these linears get; the first that fits counts.
+        matrices: embedding and head, where they are searched.
     Raises:
         BitatlasError: a pattern names no linear, or some of a group alone; or a scheme does not fit a linear.
     """
@@ -169,7 +184,33 @@ def make_space(
                 choices=tuple(sorted(choices, key=lambda choice: (choice.stored_bytes, choice.weight_bits))),
             )
         )
-    return Space(tuple(groups))
+    return Space((*groups, *matrices))
+
+
+def matrix_group(role: str, matrix: VocabularyMatrix, grids: Sequence[Grid | None], bits_per_value: int) -> Group:
+    """The embedding or the head with its choices.
+
+    Args:
+        grids: None leaves it alone.
+        bits_per_value: of the model's dtype.
+    """
+    from quantizers.vocabulary import vocabulary_bytes
+
+    num_weights = matrix.shape[0] * matrix.shape[1]
+    choices = set()
+    for grid in grids:
+        if grid is None:
+            alone = num_weights * bits_per_value // 8
+            choices.add(Choice(weight_bits=LEFT_ALONE, group_size=0, stored_bytes=alone))
+        else:
+            stored = vocabulary_bytes({role: grid}, {role: matrix})
+            choices.add(Choice(weight_bits=grid.bits, group_size=grid.group_size, stored_bytes=stored))
+    return Group(
+        linears=(matrix.name,),
+        num_weights=num_weights,
+        choices=tuple(sorted(choices, key=lambda choice: (choice.stored_bytes, choice.weight_bits))),
+        role=role,
+    )
 
 
 def _choice(scheme: Scheme, shapes: Mapping[str, tuple[int, int]]) -> Choice:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from orchestrator.search.knapsack import solve
-from orchestrator.search.space import Allocation, Choice, Space
+from orchestrator.search.space import LEFT_ALONE, Allocation, Choice, Group, Space
 
 _STEPS = (0.1, 0.25, 0.5, 1.0)  # of all groups, how many may change at once
 
@@ -20,32 +21,55 @@ class Start:
 
 
 def choice_name(choice: Choice) -> str:
-    """`3-g64`, or `4-pc` per channel."""
+    """`3-g64`, or `4-pc` per channel; `16` is left alone."""
+    if choice.weight_bits == LEFT_ALONE:
+        return str(LEFT_ALONE)
     return f"{choice.weight_bits}-" + (f"g{choice.group_size}" if choice.group_size else "pc")
 
 
 def uniform_allocations(space: Space) -> list[Start]:
-    """Every choice that all free groups have, for all of them; in rising order of bytes."""
-    free = [group for group in space.groups if len(group.choices) > 1]
-    keys = [(choice.weight_bits, choice.group_size) for choice in free[0].choices] if free else []
+    """Every choice that all free groups of linears have, for all of them, with every choice of embedding and head; in
+    rising order of bytes, those of the linears first."""
+    linears = [group for group in space.groups if not group.role]
+    matrices = [group for group in space.groups if group.role]
+    found: dict[Allocation, str] = {}
+    for name, shared in _uniform(linears):
+        for indices in itertools.product(*(range(len(group.choices)) for group in matrices)):
+            words = [name]
+            for group, index in zip(matrices, indices, strict=True):
+                if len(group.choices) > 1:
+                    words.append(f"{group.role} {choice_name(group.choices[index])}")
+            own, others = iter(shared), iter(indices)
+            allocation = tuple(next(others) if group.role else next(own) for group in space.groups)
+            found[allocation] = f"uniform {', '.join(words)}"
+    return [Start(name=name, allocation=allocation) for allocation, name in found.items()]
+
+
+def _uniform(groups: Sequence[Group]) -> list[tuple[str, Allocation]]:
+    """Name and indices of every choice that all of the groups have, or that is pinned; in rising order of bytes."""
+    free = [group for group in groups if len(group.choices) > 1]
+    if not free:
+        return [("pinned", (0,) * len(groups))]
     found = []
-    for key in keys:
+    for choice in free[0].choices:
+        key = (choice.weight_bits, choice.group_size)
         allocation = []
-        for group in space.groups:
+        for group in groups:
             places = [
                 index
-                for index, choice in enumerate(group.choices)
-                if len(group.choices) == 1 or (choice.weight_bits, choice.group_size) == key
+                for index, one in enumerate(group.choices)
+                if len(group.choices) == 1 or (one.weight_bits, one.group_size) == key
             ]
             allocation += places[:1]
-        if len(allocation) == len(space.groups):
-            name = choice_name(Choice(weight_bits=key[0], group_size=key[1], stored_bytes=0))
-            found.append(Start(name=f"uniform {name}", allocation=tuple(allocation)))
-    return sorted(found, key=lambda start: space.stored_bytes(start.allocation))
+        if len(allocation) == len(groups):
+            found.append((choice_name(choice), tuple(allocation)))
+    own = Space(tuple(groups))
+    return sorted(found, key=lambda one: own.stored_bytes(one[1]))
 
 
 def largest_uniform(space: Space, budget_bytes: int) -> Start | None:
-    """The uniform allocation of the most bytes within a budget; None where none fits."""
+    """Within a budget the uniform allocation that has the most bytes for linears, and then for embedding and head; None
+    where none fits."""
     fitting = [one for one in uniform_allocations(space) if space.stored_bytes(one.allocation) <= budget_bytes]
     return fitting[-1] if fitting else None
 

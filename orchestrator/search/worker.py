@@ -7,7 +7,7 @@ be measured.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from orchestrator.search.mixtures import Key, Mixture, Mixtures
     from orchestrator.search.probe import Probe
     from orchestrator.search.task_probe import TaskProbe
+    from quantizers.bank import Variant
+    from quantizers.grid import Grid
 
 FACTORY = "orchestrator.search.worker:SearchWorker"
 
@@ -56,6 +58,8 @@ class Setting:
         key: content hash of all of it.
         model: `source`, `dtype` and `digest`.
         artifacts: the bank: (weight_bits, group_size) -> directory.
+        matrices: name of the embedding or the head -> (weight_bits, group_size) -> grid; they are not in the bank,
+            as each worker rounds them in seconds.
         windows: int64 [W, T]: those of the search, then those of the guard; or units of a task.
     """
 
@@ -64,6 +68,7 @@ class Setting:
     space: Space
     artifacts: Mapping[Key, str]
     windows: NDArray[np.int64] | TaskUnits
+    matrices: Mapping[str, Mapping[Key, Grid]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,9 +145,14 @@ class SearchWorker(Worker):
 
     def _mixtures(self, model: Any, setting: Setting) -> Mixtures:
         from orchestrator.search.mixtures import Mixtures
+        from quantizers.vocabulary import PackedMatrix
 
         self._report("opening the bank")
-        return Mixtures(model, setting.space, variants_of(setting.artifacts))
+        variants: dict[str, Mapping[Key, Variant]] = {**variants_of(setting.artifacts)}
+        for name, grids in setting.matrices.items():
+            weight = model.get_submodule(name).weight
+            variants[name] = {key: PackedMatrix(name, weight, grid) for key, grid in grids.items()}
+        return Mixtures(model, setting.space, variants)
 
     def _choices_loss(self, of: TaskUnits, window: int, *, memory_share: float) -> float:
         """Of the model as it is, on one unit of the task."""

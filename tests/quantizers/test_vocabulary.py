@@ -6,9 +6,13 @@ import torch
 from quantizers import vocabulary
 from quantizers.apply import StoredBlock, installed
 from quantizers.bank import Bank
+from quantizers.block_source import InMemory
 from quantizers.errors import NumericalError, QuantizationError
+from quantizers.gptaq import Gptaq
+from quantizers.gptq import Gptq
 from quantizers.grid import Grid
 from quantizers.rtn import round_to_nearest
+from quantizers.stream import quantize_blocks
 from quantizers.vocabulary import (
     PackedMatrix,
     check_vocabulary,
@@ -139,3 +143,39 @@ def test_another_shape_is_refused_and_undone(windows):
     ):
         pytest.fail("entered")
     assert torch.equal(logits(model, windows), plain)
+
+
+def quantized(model, method, windows, embedding=None):
+    blocks = quantize_blocks(InMemory(model), method, windows, embedding=embedding)
+    return {linear.name: linear.weight.decode() for block in blocks for linear in block.linears}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_blocks_see_what_a_quantized_embedding_puts_out(windows, tied):
+    """As if the model had it; its own is what comes back."""
+    model, other = (build("llama", tie_word_embeddings=tied) for _ in range(2))
+    made = quantize_matrix(NAMES["embedding"], model.get_submodule(NAMES["embedding"]).weight, Grid(bits=2))
+    with torch.no_grad():
+        other.get_submodule(NAMES["embedding"]).weight.copy_(made.weight.decode())
+    plain = logits(model, windows)
+    method = Gptq(grid=Grid(bits=3, group_size=16))
+    found, expected = quantized(model, method, windows, made), quantized(other, method, windows)
+    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+    assert any(not torch.equal(found[name], weight) for name, weight in quantized(model, method, windows).items())
+    assert torch.equal(logits(model, windows), plain)
+
+
+def test_the_float_path_and_the_float_side_of_a_drift_keep_the_float_embedding(windows):
+    model = build("llama")
+    made = quantize_matrix(NAMES["embedding"], model.get_submodule(NAMES["embedding"]).weight, Grid(bits=2))
+    method = Gptq(grid=Grid(bits=3, group_size=16), path="float")
+    found, expected = quantized(model, method, windows, made), quantized(model, method, windows)
+    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+    # GPTAQ's correction is of what the quantized model has drifted: none before the first block, but for an embedding.
+    first = "model.layers.0.self_attn.q_proj"
+    for embedding, same in ((None, True), (made, False)):
+        corrected, plain = (
+            quantized(model, Gptaq(grid=Grid(bits=3, group_size=16), alpha=alpha), windows, embedding)[first]
+            for alpha in (0.25, 0.0)
+        )
+        assert torch.equal(corrected, plain) == same

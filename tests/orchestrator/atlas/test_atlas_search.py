@@ -29,7 +29,7 @@ from orchestrator.atlas.search_course import front_figure, history_figures
 from orchestrator.atlas.search_figures import allocation_figure, search_figures
 from orchestrator.atlas.search_grid import Grid, bits_squares, compact
 from orchestrator.atlas.search_rows import Search
-from orchestrator.atlas.search_texts import compact_maps, found_sentences, hurt_texts
+from orchestrator.atlas.search_texts import about, compact_maps, found_sentences, hurt_texts
 from orchestrator.search.records import TRIALS, Records
 from orchestrator.search.space import Choice, Group, Space
 
@@ -360,6 +360,24 @@ def test_experts_share_a_square_and_what_lies_in_no_block_is_told(tmp_path: Path
     (shown,) = compact_maps(search)
     assert shown.outside == "Outside of blocks: lm_head 2 bits, per channel."
     assert shown.pieces == [[("", "   0    "), ("down", " 2.5   3")]]
+
+
+def test_embedding_and_head_are_told_beside_the_map(tmp_path: Path) -> None:
+    choices = tuple(Choice(weight_bits=bits, group_size=64, stored_bytes=100 * bits) for bits in (2, 3))
+    alone = Choice(weight_bits=16, group_size=0, stored_bytes=3200)
+    names = [f"model.layers.{block}.mlp.down_proj" for block in (0, 1)]
+    blocks = [Group(linears=(name,), num_weights=800, choices=choices) for name in names]
+    embedding = Group(linears=("model.embed_tokens",), num_weights=1600, choices=(*choices, alone), role="embedding")
+    space = Space((*blocks, embedding))
+    entry = {"study": "s", "allocation": [0, 1, 2], "loss": 0.5}
+    search = searched(write_search(write_sweep(tmp_path / "out"), space=space, studies=[entry]))
+    (shown,) = compact_maps(search)
+    assert shown.outside == "Outside of blocks: model.embed_tokens left alone."
+    assert "2 groups of linears, 1,600 weights, to choose among 2-g64, 3-g64; its embedding, " in about(search)
+    assert "its embedding, 1,600 weights, among 2-g64, 3-g64, 16" in about(search)
+    # Sixteen bits of the embedding do not stretch the colours of the linears.
+    trace = allocation_figure(space, (0, 1, 2))["data"][0]
+    assert (trace["zmin"], trace["zmax"]) == (2.0, 3.0)
 
 
 def test_kinds_of_the_same_short_name_keep_their_full_one() -> None:

@@ -23,6 +23,22 @@ def with_search(**changes):
     return document
 
 
+def in_bytes(**changes):
+    return with_search(budgets=[{"checkpoint_bytes": 10**6}], **changes)
+
+
+def test_choices_of_embedding_and_head_are_on_the_bank_s_kind_of_grid():
+    bank = {"method": "gptq", "weight_bits": [3, 4], "group_size": 64, "convention": "awq-asym"}
+    head = {"weight_bits": [4, 16], "group_size": [32, "per_channel"]}
+    search = parse_search(in_bytes(bank=bank, embedding=8, head=head), "s.yaml")
+    found = {
+        role: [None if grid is None else (grid.bits, grid.group_size, grid.convention) for grid in grids]
+        for role, grids in search.matrices.items()
+    }
+    assert found == {"embedding": [(8, 64, "awq-asym")], "head": [(4, 32, "awq-asym"), (4, 0, "awq-asym"), None]}
+    assert parse_search(in_bytes(), "s.yaml").matrices == {}
+
+
 def test_a_short_file_says_everything():
     search = parse_search(copy.deepcopy(GOOD), "s.yaml")
     assert [(scheme.weight_bits, scheme.group_size) for scheme in search.schemes] == [(2, 64), (3, 64), (4, 64)]
@@ -103,6 +119,18 @@ def test_a_bundle_is_beside_the_file(tmp_path):
         (
             with_search(windows=4, stages=[{"windows": 2, "survivors": 1}, {"windows": 4, "survivors": 3}]),
             "stages must have falling survivors",
+        ),
+        (
+            with_search(embedding=[4, 8]),
+            "search.embedding has choices, and budgets in bits are of the decoder's linears",
+        ),
+        (in_bytes(head=[]), "search.head.weight_bits"),
+        (in_bytes(head={"bits": 8}), "search.head: unknown key 'bits'; the keys here are weight_bits, group_size"),
+        (in_bytes(head=[8, 12]), "s.yaml: search.head.weight_bits = 12: must be a whole number from 1 to 8"),
+        (in_bytes(embedding={"weight_bits": 4, "group_size": [64, 0.5]}), "search.embedding.group_size = 0.5: must be"),
+        (
+            in_bytes(bank={"method": "gptq", "weight_bits": [3, 4], "head": 8}),
+            "search.bank.head: the head is no linear",
         ),
         (with_search(windows=1), "sensitivity.windows is more than the 1 search.windows"),
         (with_search(pinned={"*": {"bits": 3}}), "search.pinned['*']: unknown key 'bits'"),

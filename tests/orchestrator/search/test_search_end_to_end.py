@@ -16,6 +16,8 @@ import yaml
 
 from cluster.pool import InlinePool
 from orchestrator import cli
+from orchestrator.errors import BitatlasError
+from orchestrator.models.loading import model_shape
 from orchestrator.running import Running
 from orchestrator.schema import EVENTS, LAYERS, RESULTS
 from orchestrator.search import command
@@ -233,6 +235,45 @@ def test_an_awq_bank_ends_in_an_awq_cell(by_task):
         assert row["decoder_bits_per_weight"] == pytest.approx(one["bits_per_weight"], abs=1e-12)
         assert row["decoder_bits_per_weight"] <= 3.8
     assert '"layers"' in row["options"]
+
+
+def test_the_embedding_is_a_choice_of_its_own(inline, tmp_path, capsys):
+    """Under bytes of the whole checkpoint, which the chosen cell's rows then count themselves."""
+    shape = model_shape(TINY, "auto", "model")
+    assert list(shape.matrices) == ["embedding"]  # tied
+    budget = round(0.26 * shape.fp_bytes)
+    changes = {
+        "bank": {"method": "rtn", "weight_bits": [2, 3, 4], "group_size": 64},
+        "embedding": [3, 4, 8, 16],
+        "budgets": [{"checkpoint_bytes": budget}],
+        "evaluations": 12,
+        "sensitivity": {"bases": ["fp"], "windows": 2},
+        "front": {"evaluations": 20, "cells": 1},
+    }
+    file, out = write_search(tmp_path / "search.yaml", search=changes), tmp_path / "out"
+    assert search(file, out) == 0
+    study, front = chosen(out)["studies"]
+    rows = values(out, "kl_divergence")
+    row = rows[study["cell"]]
+    assert row["checkpoint_bytes"] <= budget
+    options = json.loads(row["options"])
+    space = json.loads(Records(out).space.read_text())
+    assert [group["role"] for group in space if "role" in group] == ["embedding"]
+    (choice,) = (space[-1]["choices"][study["allocation"][-1]],)
+    assert options.get("embedding", {"weight_bits": 16})["weight_bits"] == choice["weight_bits"] < 16
+    layers = [row for row in read_table(out, LAYERS).to_pylist() if row["cell_id"] == study["cell"]]
+    untouched = shape.fp_bytes - sum(group["num_weights"] for group in space) * shape.bits_per_value // 8
+    assert row["checkpoint_bytes"] == untouched + study["stored_bytes"]
+    assert sum(layer["stored_bytes"] for layer in layers) == study["stored_bytes"]
+    measured = [row for row in Records(out).rows(SENSITIVITY) if row["group"] == "model.embed_tokens"]
+    assert {row["weight_bits"] for row in measured if row["base"] == "fp"} == {3, 4, 8}
+    assert any("embedding" in start["name"] for start in study["starts"])
+    assert any(one.get("cell") in rows for one in front["front"])
+    assert f"Outside of blocks: model.embed_tokens {choice['weight_bits']} bits, g64" in (out / "atlas.md").read_text()
+    capsys.readouterr()
+    with pytest.raises(BitatlasError, match=r"search\.head: the head of tiny is its embedding \(tied weights\)"):
+        search(write_search(tmp_path / "head.yaml", search=changes | {"head": 8}), tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
 def test_another_bank_or_objective_is_refused_in_the_same_directory(done, tmp_path, capsys, monkeypatch):
