@@ -103,10 +103,11 @@ def demo(out: Path | None) -> int:
     help="Plan from configurations alone, before weights and data are there: nothing but a config.json is fetched.",
 )
 def plan(sweep_file: Path, out: Path | None, outline: bool) -> int:
-    """Show what a sweep would do, and do nothing.
+    """Show what a sweep, or a search, would do, and do nothing.
 
     Lists cells, jobs, what is done already in the output directory, the size of every checkpoint, the estimated time
-    with what it rests on (a nominal rate, or jobs seen on this device), a worker's memory and the disk's share.
+    with what it rests on (a nominal rate, or jobs seen on this device), a worker's memory and the disk's share; of a
+    search file the bank, the budgets in bytes, and how long each part may take.
     """
     from orchestrator.commands import plan_command
 
@@ -221,8 +222,8 @@ def doctor(
     """Show what this machine and a cluster can do, and what to mend.
 
     Looks at Python, torch, devices and their memory, Ascend's driver, CANN and torch_npu (loaded in a process of its
-    own), packages, the nodes of a Ray cluster with their clocks, directories, and disks; with SWEEP.yaml also for its
-    models, data and workers. Nothing is started or changed. Exit status 1 where a sweep would fail.
+    own), packages, the nodes of a Ray cluster with their clocks, directories, and disks; with SWEEP.yaml (or a search
+    file) also for its models, data and workers. Nothing is started or changed. Exit status 1 where a sweep would fail.
     """
     from orchestrator.doctor.command import doctor_command
 
@@ -263,7 +264,7 @@ def search(
 @_SWEEP
 @click.option("--to", required=True, type=_PATH, help="Directory to fill; may hold a bundle.")
 def fetch(sweep_file: Path, to: Path) -> int:
-    """Gather what a sweep needs, on a connected machine, for one without internet.
+    """Gather what a sweep, or a search, needs, on a connected machine, for one without internet.
 
     Gets models by Hub id (safetensors, configuration and tokenizer; no pickles, no code), the data sets of tasks and
     corpora, and copies of the files that the sweep names by path, into DIR, with bundle.json: size and sha256 of every

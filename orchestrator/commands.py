@@ -104,7 +104,13 @@ def _conclude(summary: Summary, again: str, layout: Layout, console: Console, *,
 
 
 def plan_command(file: Path, *, out: Path | None, outline: bool = False) -> int:
-    """Print what a sweep would do."""
+    """Print what a sweep or a search would do."""
+    from orchestrator.reads import is_search
+
+    if is_search(file):
+        from orchestrator.search.plan_view import plan_search
+
+        return plan_search(file, out=out, outline=outline)
     from orchestrator.claim import claim_output
     from orchestrator.cost_store import observations_file
     from orchestrator.footprint import footprint
@@ -196,9 +202,11 @@ def render_command(file: Path, to: Path) -> int:
 def fetch_command(file: Path, to: Path) -> int:
     """Gather what a sweep needs into a bundle."""
     from orchestrator.bundle.gather import fetch
+    from orchestrator.reads import read_either
 
     console = Console()
-    manifest = fetch(read_sweep(file), str(file), to, console)
+    sweep, reads = read_either(file)
+    manifest = fetch(sweep, str(file), to, console, reads)
     console.print(
         f"{to} holds {len(manifest.files)} files, {manifest.size / 1e6:.1f} MB: copy it with its links (rsync -a, cp "
         f"-a or tar), and {file.name} beside it; add `data: {to.name}` to that file, and nothing else is read",

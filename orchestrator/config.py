@@ -278,10 +278,13 @@ def read_sweep(path: Path) -> Sweep:
     Raises:
         BitatlasError: absent, not YAML, or not a valid sweep: one sentence with the file and the field.
     """
-    sweep = parse_sweep(read_yaml(path, "a sweep file"), str(path))
+    return with_absolute_data(parse_sweep(read_yaml(path, "a sweep file"), str(path)), path)
+
+
+def with_absolute_data(sweep: Sweep, path: Path) -> Sweep:
+    """The sweep of a file: its bundle travels with the file, so that its place is relative to that."""
     if sweep.data is None:
         return sweep
-    # A bundle travels with the sweep file, so its place is relative to that.
     return sweep.model_copy(update={"data": str((path.parent / sweep.data).resolve())})
 
 

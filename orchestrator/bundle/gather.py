@@ -19,6 +19,7 @@ from orchestrator.bundle.manifest import MANIFEST, Manifest, read_manifest, writ
 from orchestrator.config import Sweep
 from orchestrator.errors import BitatlasError
 from orchestrator.models.source import CHECKPOINT_PATTERNS, PACKAGE, is_local, resolve_model
+from orchestrator.reads import NOTHING_ELSE, Reads
 
 FILES = "files"
 _OURS = {"hub", "datasets", FILES, MANIFEST, f".{MANIFEST}.tmp"}
@@ -37,7 +38,7 @@ class Need:
     get: Callable[[], Manifest]
 
 
-def fetch(sweep: Sweep, file: str, directory: Path, console: Console) -> Manifest:
+def fetch(sweep: Sweep, file: str, directory: Path, console: Console, reads: Reads = NOTHING_ELSE) -> Manifest:
     """Gather everything a sweep needs; what an earlier call gathered is kept, and an interrupted one is gone on with.
 
     Args:
@@ -45,6 +46,7 @@ def fetch(sweep: Sweep, file: str, directory: Path, console: Console) -> Manifes
         file: its file's name, for errors.
         directory: the bundle; other sweeps' may be in it already.
         console: is told what is being fetched.
+        reads: what the file makes it read besides.
     Raises:
         BitatlasError: the directory holds something else, or something cannot be had: one sentence with the field.
     """
@@ -54,7 +56,7 @@ def fetch(sweep: Sweep, file: str, directory: Path, console: Console) -> Manifes
     gathered = Manifest()
     if (directory / MANIFEST).exists():
         gathered = gathered.with_gathered(read_manifest(directory, "--to"))
-    wanted = list({need.label: need for need in _needs(sweep, file, directory)}.values())
+    wanted = list({need.label: need for need in _needs(sweep, file, directory, reads)}.values())
     directory.mkdir(parents=True, exist_ok=True)
     for number, need in enumerate(wanted, start=1):
         console.print(f"{number}/{len(wanted)} {need.label}", highlight=False, soft_wrap=True)
@@ -69,7 +71,7 @@ def _check_directory(directory: Path) -> None:
         raise BitatlasError(f"--to {directory} exists and holds something else than a bundle; choose another --to")
 
 
-def _needs(sweep: Sweep, file: str, directory: Path) -> Iterator[Need]:
+def _needs(sweep: Sweep, file: str, directory: Path, reads: Reads = NOTHING_ELSE) -> Iterator[Need]:
     """What is missing is noticed soonest with local files first, and models, the largest, last."""
     hub_models = []
     for index, model in enumerate(sweep.models):
@@ -81,17 +83,20 @@ def _needs(sweep: Sweep, file: str, directory: Path) -> Iterator[Need]:
         else:
             hub_models.append(_model(model.source, where))
     places = [
-        *((f"{file}: evaluation.perplexity[{n}]", item.corpus) for n, item in enumerate(sweep.evaluation.perplexity)),
-        *((f"{file}: calibration[{n}]", item.corpus) for n, item in enumerate(sweep.calibration)),
+        *((f"evaluation.perplexity[{n}]", item.corpus, False) for n, item in enumerate(sweep.evaluation.perplexity)),
+        *((f"calibration[{n}]", item.corpus, True) for n, item in enumerate(sweep.calibration)),
+        *((text.where, text.corpus, True) for text in reads.texts),
     ]
-    for where, value in places:
-        corpus = Corpus.parse(value)
+    for field, value, is_calibration in places:
+        corpus, where = Corpus.parse(value), f"{file}: {field}"
         if (path := corpus.path or corpus.token_ids) is not None:
             yield _local(path, where, directory)
         elif corpus.name in RECIPES:
-            yield _recipe(corpus.name, where, is_calibration="calibration" in where.removeprefix(file))
+            yield _recipe(corpus.name, where, is_calibration=is_calibration)
     for number, task in enumerate(sweep.evaluation.tasks):
         yield _task(task.name, task.num_fewshot, f"{file}: evaluation.tasks[{number}]")
+    for steering in reads.tasks:
+        yield _task(steering.name, steering.num_fewshot, f"{file}: {steering.where}")
     yield from hub_models
 
 

@@ -42,36 +42,53 @@ def with_copies(sweep: Sweep, file: str, manifest: Manifest, directory: Path) ->
     Raises:
         BitatlasError: a model or file that the bundle does not hold.
     """
-
-    def copy_of(source: str, where: str) -> str:
-        if source in manifest.local:
-            return str(directory / manifest.local[source])
-        if Path(source).is_relative_to(directory):  # a resolved sweep file, read again
-            return source
-        raise BitatlasError(
-            f"{where} = {source!r} is not in the bundle {directory}; fetch this sweep into it with `bitatlas fetch`"
-        )
-
-    def corpus_of(value: str | dict[str, str], where: str) -> Any:
-        if isinstance(value, str):
-            return value
-        return {key: item if key == "field" else copy_of(item, f"{where}.{key}") for key, item in value.items()}
-
+    copies = Copies(manifest, directory)
     models = [
         model
         if model.source.startswith(PACKAGE) or model.source in manifest.models
-        else model.model_copy(update={"source": copy_of(model.source, f"{file}: models[{index}].source")})
+        else model.model_copy(update={"source": copies.path(model.source, f"{file}: models[{index}].source")})
         for index, model in enumerate(sweep.models)
     ]
     perplexity = [
-        item.model_copy(update={"corpus": corpus_of(item.corpus, f"{file}: evaluation.perplexity[{index}].corpus")})
+        item.model_copy(update={"corpus": copies.corpus(item.corpus, f"{file}: evaluation.perplexity[{index}].corpus")})
         for index, item in enumerate(sweep.evaluation.perplexity)
     ]
     calibration = [
-        item.model_copy(update={"corpus": corpus_of(item.corpus, f"{file}: calibration[{index}].corpus")})
+        item.model_copy(update={"corpus": copies.corpus(item.corpus, f"{file}: calibration[{index}].corpus")})
         for index, item in enumerate(sweep.calibration)
     ]
     evaluation = sweep.evaluation.model_copy(update={"perplexity": tuple(perplexity)})
     return sweep.model_copy(
         update={"models": tuple(models), "evaluation": evaluation, "calibration": tuple(calibration)}
     )
+
+
+class Copies:
+    """Where a bundle keeps what a file names by path."""
+
+    def __init__(self, manifest: Manifest, directory: Path) -> None:
+        """Look at nothing yet."""
+        self._manifest, self._directory = manifest, directory
+
+    def path(self, source: str, where: str) -> str:
+        """Of a file or a directory.
+
+        Args:
+            where: the field, for errors.
+        Raises:
+            BitatlasError: the bundle does not hold it.
+        """
+        if source in self._manifest.local:
+            return str(self._directory / self._manifest.local[source])
+        if Path(source).is_relative_to(self._directory):  # a resolved sweep file, read again
+            return source
+        raise BitatlasError(
+            f"{where} = {source!r} is not in the bundle {self._directory}; fetch this sweep into it with "
+            "`bitatlas fetch`"
+        )
+
+    def corpus(self, value: str | dict[str, str], where: str) -> Any:
+        """A corpus as a file names it, with the paths of copies."""
+        if isinstance(value, str):
+            return value
+        return {key: item if key == "field" else self.path(item, f"{where}.{key}") for key, item in value.items()}

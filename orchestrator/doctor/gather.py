@@ -54,15 +54,15 @@ def gather(sweep: Path | None, *, out: Path | None, address: str | None, workers
 
 
 def _of_the_sweep(file: Path) -> tuple[Asked, list[Need]]:
-    from orchestrator.config import read_sweep
     from orchestrator.doctor.needs import needs_of
+    from orchestrator.reads import read_either
 
-    sweep = read_sweep(file)
+    sweep, reads = read_either(file)
     told = sweep.workers
     asked = Asked(
         device=told.device, count=told.count, threads=told.threads, per_device=told.per_device, strict=told.strict
     )
-    return asked, list(needs_of(sweep, str(file)))
+    return asked, list(needs_of(sweep, str(file), reads))
 
 
 def _look_elsewhere(out: Path | None, address: str | None) -> tuple[Place | None, Cluster | None]:

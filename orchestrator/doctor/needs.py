@@ -15,29 +15,33 @@ from orchestrator.errors import BitatlasError
 from orchestrator.models.checkpoint import check_checkpoint
 from orchestrator.models.gguf_package import packaged_file
 from orchestrator.models.source import CHECKPOINT_PATTERNS, PACKAGE, is_local, resolve_model
+from orchestrator.reads import NOTHING_ELSE, Reads
 
 
-def needs_of(sweep: Sweep, file: str) -> tuple[Need, ...]:
+def needs_of(sweep: Sweep, file: str, reads: Reads = NOTHING_ELSE) -> tuple[Need, ...]:
     """All that it reads, each once.
 
     Args:
         file: the sweep file's name, for what is wrong.
+        reads: what the file makes it read besides.
     """
     if sweep.data is not None:
-        return (_bundle(sweep, file),)
+        return (_bundle(sweep, file, reads),)
     models = (_model(model, f"{file}: models[{index}].source") for index, model in enumerate(sweep.models))
-    return (*models, *_corpora(sweep, file), *_tasks(sweep, file))
+    return (*models, *_corpora(sweep, file, reads), *_tasks(sweep, file, reads))
 
 
-def _bundle(sweep: Sweep, file: str) -> Need:
+def _bundle(sweep: Sweep, file: str, reads: Reads) -> Need:
     """By its list and sizes; `run` verifies every byte."""
     from orchestrator.bundle.manifest import read_manifest
-    from orchestrator.bundle.use import with_copies
+    from orchestrator.bundle.use import Copies, with_copies
 
     directory = Path(sweep.data or "")
     try:
         manifest = read_manifest(directory, f"{file}: data")
         with_copies(sweep, file, manifest, directory)
+        for text in reads.texts:
+            Copies(manifest, directory).corpus(text.corpus, f"{file}: {text.where}")
         for name, entry in manifest.files.items():
             path = directory / name
             if not path.exists() or path.stat().st_size != entry["size"]:
@@ -74,10 +78,11 @@ def _kept(source: str) -> Path | None:
         return None
 
 
-def _corpora(sweep: Sweep, file: str) -> Iterator[Need]:
+def _corpora(sweep: Sweep, file: str, reads: Reads) -> Iterator[Need]:
     named = {f"{file}: calibration": item.corpus for item in sweep.calibration} | {
         f"{file}: evaluation.perplexity[{index}]": item.corpus for index, item in enumerate(sweep.evaluation.perplexity)
     }
+    named |= {f"{file}: {text.where}": text.corpus for text in reads.texts}
     seen: set[Corpus] = set()
     for where, value in named.items():
         corpus = Corpus.parse(value)
@@ -98,16 +103,17 @@ def _corpus(corpus: Corpus, where: str) -> Need:
     return Need(what=what, found="a published recipe, from the Hub or the local cache of data sets", is_far=True)
 
 
-def _tasks(sweep: Sweep, file: str) -> Iterator[Need]:
-    for index, task in enumerate(sweep.evaluation.tasks):
-        what, where = f"task {task.name}", f"{file}: evaluation.tasks[{index}]"
+def _tasks(sweep: Sweep, file: str, reads: Reads) -> Iterator[Need]:
+    named = {f"{file}: evaluation.tasks[{index}]": task.name for index, task in enumerate(sweep.evaluation.tasks)}
+    for where, name in (named | {f"{file}: {task.where}": task.name for task in reads.tasks}).items():
+        what = f"task {name}"
         try:
-            for subtask in subtasks_of(task.name)[:1]:  # a group's tasks need the same
+            for subtask in subtasks_of(name)[:1]:  # a group's tasks need the same
                 check_installed(subtask)
         except EvaluationError as error:
             yield Need(what=what, found="lacks what it is made of", trouble=f"{where}: {error}")
             continue
-        if is_packaged(task.name):
+        if is_packaged(name):
             yield _packaged(what, where)
         else:
             yield Need(what=what, found="from the Hub or the local cache of data sets", is_far=True)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,49 +15,23 @@ from orchestrator.claim import write_sweep
 from orchestrator.commands import INTERRUPTED, OK, SOME_FAILED, report_command
 from orchestrator.config import Sweep, resolved
 from orchestrator.errors import BitatlasError
-from orchestrator.inputs import Inputs, prepare
 from orchestrator.layout import Layout
-from orchestrator.plan import Plan, content_hash, make_plan
-from orchestrator.running import claimed_output, drive, interrupts, same_again, started_pool, with_data
-from orchestrator.scheme import Scheme, parse_scheme
-from orchestrator.search.budget import Budget
-from orchestrator.search.config import Search, read_search
+from orchestrator.plan import Plan, make_plan
+from orchestrator.running import claimed_output, drive, interrupts, same_again, started_pool
+from orchestrator.search.config import read_search
 from orchestrator.search.crew import InterruptedSearchError
-from orchestrator.search.records import Records, space_as_json
-from orchestrator.search.run import SearchRun, budgets_of, space_of
-from orchestrator.search.space import Allocation, Space
-from orchestrator.search.starts import largest_uniform
-from orchestrator.search.tokens import search_windows, task_units
+from orchestrator.search.prepare import Prepared, prepared, search_with_data
+from orchestrator.search.records import Records
+from orchestrator.search.run import SearchRun
 from orchestrator.search.view import SearchView
-from orchestrator.search.worker import FACTORY, TaskUnits, facts_of
+from orchestrator.search.worker import FACTORY
 from orchestrator.store import Store
 from orchestrator.sweep import Summary, finished_jobs
 from orchestrator.witness import remove_other_witnesses
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
     from cluster.pool import Pool
     from orchestrator.search.mixtures import Key
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prepared:
-    """A search with everything that could be wrong looked at.
-
-    Args:
-        windows: of the search, then of the guard; or units of a task.
-        identity: content hash of the space, the tokens and what allocations are judged by: what is recorded of one
-            identity says nothing of another.
-    """
-
-    search: Search
-    inputs: Inputs
-    space: Space
-    budgets: list[Budget]
-    windows: NDArray[np.int64] | TaskUnits
-    identity: str
 
 
 def search_command(
@@ -74,8 +46,8 @@ def search_command(
     """Run a search, or go on with it; the exit status."""
     console = Console()
     search = read_search(file)
-    sweep, variables = with_data(search.sweep, str(file), console)
-    search = replace(search, sweep=sweep)
+    search, variables = search_with_data(search, str(file), console)
+    sweep = search.sweep
     output = claimed_output(sweep, out, cache)
     layout = output.layout
     with console.status("reading the model and data (a packaged model is converted on first use) ..."):
@@ -102,31 +74,6 @@ def search_command(
     if summary.failed:
         console.print(f"try the failed ones again with: {again}", highlight=False, soft_wrap=True)
     return SOME_FAILED if summary.failed else OK
-
-
-def prepared(search: Search, file: str) -> Prepared:
-    """Look at everything that a search needs; nothing is written.
-
-    Raises:
-        BitatlasError: one sentence with the field.
-    """
-    grid = tuple(dict.fromkeys([*search.bank_sweep().grid, *search.schemes, *search.sweep.grid]))
-    inputs = prepare(search.sweep.model_copy(update={"grid": grid}), file)
-    model = inputs.models[search.model]
-    space = space_of(search, model, file)
-    budgets = budgets_of(search, space, model, file)
-    windows = task_units(search, file) or search_windows(search, model, file)
-    facts = [
-        model.digest,
-        model.dtype,
-        [scheme.as_entry() for scheme in search.bank],
-        space_as_json(space),
-        facts_of(windows),
-        search.settings.windows,
-        search.settings.objective,
-    ]
-    identity = content_hash(facts)
-    return Prepared(search=search, inputs=inputs, space=space, budgets=budgets, windows=windows, identity=identity)
 
 
 def _check_same(records: Records, identity: str) -> None:
@@ -172,12 +119,10 @@ class _Session:
 
     def run(self, store: Store) -> Summary:
         """The bank, the search, the sweep; how the last of them to run ended."""
-        write_sweep(self._layout, self._final_sweep([]))  # so that its status and report are there from now on
+        write_sweep(self._layout, self._found.final_sweep([]))  # so that its status and report are there from now on
         self._records.write_json(self._records.file, self._described())
         view = SearchView(self._console)
-        bank = self._search.bank_sweep()
-        plan = make_plan(bank, self._found.inputs.identities)
-        plan = Plan(cells=plan.cells[1:], jobs=tuple(job for job in plan.jobs if job.kind == "quantize"))
+        bank, plan = self._search.bank_sweep(), self._found.bank_plan()
         bank_layout = Layout(self._layout.root / "bank")
         if len(finished_jobs(bank_layout, plan)) < len(plan.jobs):
             view.say(f"the bank: {len(plan.jobs)} variants of every linear, in {bank_layout.root}")
@@ -226,31 +171,13 @@ class _Session:
                 [study] if study.get("front") is None else [one for one in study["front"] if "guard_loss" in one]
             )
             described += study["starts"] if self._search.settings.evaluate_starts else []
-        schemes = [self._scheme(tuple(one["allocation"])) for one in described]
-        sweep = self._final_sweep(schemes)
+        schemes = [self._found.scheme(tuple(one["allocation"])) for one in described]
+        sweep = self._found.final_sweep(schemes)
         plan = make_plan(sweep, self._found.inputs.identities)
         cells = {cell.scheme: cell.id for cell in plan.cells}
         for one, scheme in zip(described, schemes, strict=True):
             one["cell"] = cells[scheme]
         return sweep, plan
-
-    def _final_sweep(self, schemes: list[Scheme]) -> Sweep:
-        uniform = self._search.sweep.grid or tuple(
-            self._scheme(start.allocation)
-            for start in (largest_uniform(self._space, budget.stored_bytes) for budget in self._found.budgets)
-            if start is not None
-        )
-        grid = tuple(dict.fromkeys([*uniform, *schemes])) or self._search.schemes[:1]
-        return self._search.sweep.model_copy(update={"grid": grid})
-
-    def _scheme(self, allocation: Allocation) -> Scheme:
-        """The scheme of a cell: quantized in sequence, as any other cell is."""
-        given = zip(self._space.groups, self._space.choices(allocation), strict=True)
-        common = Counter(
-            (choice.weight_bits, choice.group_size) for group, choice in given if not group.role
-        ).most_common(1)[0][0]
-        base = replace(self._search.schemes[0], weight_bits=common[0], group_size=common[1])
-        return parse_scheme(self._space.entry(base, allocation), "search")
 
 
 def _artifacts(plan: Plan, layout: Layout) -> dict[Key, str]:

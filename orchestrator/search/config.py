@@ -13,8 +13,19 @@ from pydantic import BeforeValidator, Field, ValidationError, field_validator, m
 from pydantic_core import PydanticCustomError
 
 from evaluators.tasks import generates
-from orchestrator.config import CorpusField, Strict, Sweep, TaskName, describe, expand, parse_sweep, read_yaml
+from orchestrator.config import (
+    CorpusField,
+    Strict,
+    Sweep,
+    TaskName,
+    describe,
+    expand,
+    parse_sweep,
+    read_yaml,
+    with_absolute_data,
+)
 from orchestrator.errors import BitatlasError
+from orchestrator.reads import Reads, Task, Text
 from orchestrator.scheme import UNQUANTIZED_BITS, VOCABULARY_FIELDS, Scheme, parse_scheme
 
 if TYPE_CHECKING:
@@ -207,6 +218,18 @@ class Search:
         """The model's name."""
         return self.sweep.models[0].name
 
+    @property
+    def reads(self) -> Reads:
+        """What steers it."""
+        task = self.settings.task
+        return Reads(
+            texts=tuple(
+                Text(where=f"search.corpus[{index}]", corpus=corpus)
+                for index, corpus in enumerate(self.settings.corpus)
+            ),
+            tasks=() if task is None else (Task(where="search.task", name=task.name, num_fewshot=task.num_fewshot),),
+        )
+
     def bank_sweep(self) -> Sweep:
         """The sweep that makes the bank: every choice as a uniform cell."""
         grid = tuple(dict.fromkeys([*self.bank, *self.pinned.values()]))
@@ -221,10 +244,7 @@ def read_search(path: Path) -> Search:
     """
     document = read_yaml(path, "a search file")
     search = parse_search(document, str(path))
-    if search.sweep.data is None:
-        return search
-    data = str((path.parent / search.sweep.data).resolve())
-    return replace(search, sweep=search.sweep.model_copy(update={"data": data}))
+    return replace(search, sweep=with_absolute_data(search.sweep, path))
 
 
 def parse_search(document: Any, file: str) -> Search:
