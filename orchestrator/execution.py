@@ -40,7 +40,9 @@ def check_native(sweep: Sweep, model: str, shape: ModelShape, file: str) -> None
     if sweep.workers.device != "auto":
         check_device(NATIVE, sweep.workers.device)
     for scheme in sweep.grid:
-        for layer, (out_features, in_features) in shape.linears.items():
+        method = scheme.build()
+        quantized = {name: features for name, features in shape.linears.items() if not method.leaves_alone(name)}
+        for layer, (out_features, in_features) in quantized.items():
             _check_kernel(scheme, layer, (out_features, in_features), shape.dtype, f"{file}: grid entry", model)
 
 

@@ -13,7 +13,7 @@ from cluster.pool import WorkerInfo
 from orchestrator import __version__
 from orchestrator.inputs import ModelInput
 from orchestrator.plan import Cell, Job
-from orchestrator.scheme import UNQUANTIZED_BITS
+from orchestrator.scheme import UNQUANTIZED_BITS, Scheme
 
 # Columns of an item that has neither a group nor a generated text.
 _NO_TEXT = {"subtask": None, "answer": None, "thought": None, "answer_tokens": None, "is_cut": None, "is_loop": None}
@@ -54,12 +54,22 @@ def size_columns(cell: Cell, model: ModelInput, stored_bytes: int | None) -> dic
     if stored_bytes is None:
         return {}
     grids, matrices = cell.scheme.vocabulary(), model.shape.matrices
+    stored_bytes += _left_alone(cell.scheme, model)
     touched = weights + sum(math.prod(matrices[role].shape) for role in grids)
     untouched = model.shape.fp_bytes - touched * model.shape.bits_per_value // 8
     return {
         "decoder_bits_per_weight": 8 * stored_bytes / weights,
         "checkpoint_bytes": untouched + stored_bytes + vocabulary_bytes(grids, matrices),
     }
+
+
+def _left_alone(scheme: Scheme, model: ModelInput) -> int:
+    """Bytes of linears that are in no artifact, as they stay what they are."""
+    method = scheme.build()
+    if all(grid is not None for _, grid in method.layers):
+        return 0
+    alone = [shape for name, shape in model.shape.linears.items() if method.leaves_alone(name)]
+    return sum(map(math.prod, alone)) * model.shape.bits_per_value // 8
 
 
 def outcome_rows(

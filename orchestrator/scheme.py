@@ -48,7 +48,8 @@ class Scheme:
     Args:
         group_size: 0 is per channel.
         convention: of the weight grid, a name in `quantizers/grid.py`.
-        layers: patterns of linears' full names with their own bits and groups, as JSON in their order.
+        layers: patterns of linears' full names with their own bits and groups, as JSON in their order; 16 bits are
+            those of linears that are left alone.
         embedding: (weight_bits, group_size) of the matrix, which is left alone otherwise.
         head: likewise.
         options: the preset and the method's own options, every one of them, as JSON with sorted keys.
@@ -87,7 +88,12 @@ class Scheme:
         options = {name: value for name, value in json.loads(self.options).items() if name != "preset"}
         grid = self.grid()
         layers = tuple(
-            (pattern, replace(grid, bits=own["weight_bits"], group_size=own["group_size"]))
+            (
+                pattern,
+                None
+                if own["weight_bits"] == UNQUANTIZED_BITS
+                else replace(grid, bits=own["weight_bits"], group_size=own["group_size"]),
+            )
             for pattern, own in json.loads(self.layers).items()
         )
         return method_class(self.method)(grid=grid, activations=self.activations(), layers=layers, **options)
@@ -225,8 +231,8 @@ def parse_scheme(fields: dict[str, Any], where: str) -> Scheme:
             group_size=_group_size(fields.get("group_size", "per_channel"), f"{where}.group_size"),
             convention=_convention(method, fields, where),
             layers=_layers(fields.get("layers", {}), fields, f"{where}.layers"),
-            embedding=_matrix(fields.get("embedding"), fields, f"{where}.embedding"),
-            head=_matrix(fields.get("head"), fields, f"{where}.head"),
+            embedding=_matrix(fields, "embedding", where),
+            head=_matrix(fields, "head", where),
             options=_options(method, fields.get("options", {}), f"{where}.options"),
             **{
                 key: _typed(fields[key], type(default), f"{where}.{key}")
@@ -308,18 +314,18 @@ def _layers(given: Any, fields: dict[str, Any], where: str) -> str:
         place = f"{where}[{pattern!r}]"
         if not isinstance(pattern, str) or not pattern:
             raise BitatlasError(f"{place}: the pattern must be text, such as '*.down_proj'")
-        bits, group_size = _own_grid(value, fields, place)
+        bits, group_size = _own_grid(value, fields, place) or (UNQUANTIZED_BITS, 0)
         found[pattern] = {"weight_bits": bits, "group_size": group_size}
     return json.dumps(found)
 
 
-def _matrix(given: Any, fields: dict[str, Any], where: str) -> tuple[int, int] | None:
-    """Bits and groups of the embedding or the head; None where nothing, or 16 bits, leaves it alone."""
-    return None if given is None or given == UNQUANTIZED_BITS else _own_grid(given, fields, where)
+def _matrix(fields: dict[str, Any], role: str, where: str) -> tuple[int, int] | None:
+    return None if fields.get(role) is None else _own_grid(fields[role], fields, f"{where}.{role}")
 
 
-def _own_grid(value: Any, fields: dict[str, Any], where: str) -> tuple[int, int]:
-    """(weight_bits, group_size) as given, with those of the entry where only one of the two is.
+def _own_grid(value: Any, fields: dict[str, Any], where: str) -> tuple[int, int] | None:
+    """(weight_bits, group_size) as given, with those of the entry where only one of the two is; None where 16 bits
+    leave a weight alone.
 
     Raises:
         BitatlasError: neither bits nor a mapping of weight_bits and group_size.
@@ -328,10 +334,15 @@ def _own_grid(value: Any, fields: dict[str, Any], where: str) -> tuple[int, int]
     for key in own:
         if key not in ("weight_bits", "group_size"):
             raise BitatlasError(f"{where}: unknown key {key!r}; the keys here are weight_bits, group_size")
-    return (
-        _whole(own.get("weight_bits", fields["weight_bits"]), 1, 8, f"{where}.weight_bits"),
-        _group_size(own.get("group_size", fields.get("group_size", "per_channel")), f"{where}.group_size"),
-    )
+    bits = own.get("weight_bits", fields["weight_bits"])
+    if isinstance(bits, bool) or not isinstance(bits, int) or not (1 <= bits <= 8 or bits == UNQUANTIZED_BITS):
+        raise BitatlasError(
+            f"{where}.weight_bits = {bits!r}: must be a whole number from 1 to 8, or {UNQUANTIZED_BITS}, which leaves "
+            "alone"
+        )
+    if bits == UNQUANTIZED_BITS:
+        return None
+    return bits, _group_size(own.get("group_size", fields.get("group_size", "per_channel")), f"{where}.group_size")
 
 
 def _typed(value: Any, kind: type, where: str) -> Any:

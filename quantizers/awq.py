@@ -90,12 +90,16 @@ class Awq(Method):
         family = block.family
         means = [ranges.mean_abs_I for ranges in block.ranges]
         rescaling = search.rescaling
-        rescaling.norm_to_linears(family.attention_norm, family.stages[0], search.attention_scale(means[0]))
-        if value_reaches_output_unmixed(block.block, family):
+        searched = [not self.leaves_alone(block.prefix + stage[0]) for stage in family.stages]
+        if searched[0]:
+            rescaling.norm_to_linears(family.attention_norm, family.stages[0], search.attention_scale(means[0]))
+        if searched[1] and value_reaches_output_unmixed(block.block, family):
             value = family.attention_inputs[2]
             rescaling.linear_to_linear(value, family.attention_output, search.linear_scale(1, means[1]))
-        rescaling.norm_to_linears(family.mlp_norm, family.stages[2], search.mlp_scale(means[2]))
-        rescaling.linear_to_linear(family.mlp_inputs[1], family.mlp_output, search.linear_scale(3, means[3]))
+        if searched[2]:
+            rescaling.norm_to_linears(family.mlp_norm, family.stages[2], search.mlp_scale(means[2]))
+        if searched[3]:
+            rescaling.linear_to_linear(family.mlp_inputs[1], family.mlp_output, search.linear_scale(3, means[3]))
         return rescaling.transform(search.clipped() if self.clip else None)
 
     def quantize(self, group: LinearGroup) -> MethodOutcome:
@@ -194,6 +198,8 @@ class _Search:
         """Every linear but q and k, clipped on the inputs that it now gets."""
         targets: dict[str, Tensor] = {}
         for number, stage in enumerate(self._family.stages):
+            if self._options.leaves_alone(self._prefix + stage[0]):
+                continue
             for name in stage:
                 if name in self._family.attention_inputs[:2]:
                     continue

@@ -141,8 +141,9 @@ class Method(ABC):
     Args:
         grid: bits, groups and convention of the weights.
         activations: the grid of the linears' inputs; None leaves activations alone.
-        layers: pattern of linears' full names (`*.mlp.down_proj`) -> their own grid; the first that fits counts.
-            Linears that share their input share their grid, as servers keep them in one matrix.
+        layers: pattern of linears' full names (`*.mlp.down_proj`) -> their own grid, or None, which leaves them alone,
+            inputs and all; the first that fits counts. Linears that share their input share their grid, as servers keep
+            them in one matrix.
         fold: strength of error folding (QEP, see `folding.py`), 0 (off) to 1.
         fold_damping: fraction of the mean Hessian diagonal added before solving for the fold.
         path: which inputs calibrate a block: `quantized`, what the quantized blocks before it put out, or `float`,
@@ -151,7 +152,7 @@ class Method(ABC):
 
     grid: Grid
     activations: ActivationGrid | None = None
-    layers: tuple[tuple[str, Grid], ...] = ()
+    layers: tuple[tuple[str, Grid | None], ...] = ()
     fold: float = 0.0
     fold_damping: float = 1.0
     path: str = "quantized"
@@ -188,9 +189,28 @@ class Method(ABC):
             )
 
     def of(self, linear: str) -> Self:
-        """The method for one linear, by its full name without ".weight": with that linear's own grid."""
-        grid = next((grid for pattern, grid in self.layers if fnmatchcase(linear, pattern)), self.grid)
-        return replace(self, grid=grid, layers=()) if self.layers else self
+        """The method for one linear, by its full name without ".weight": with that linear's own grid.
+
+        Raises:
+            QuantizationError: it is left alone.
+        """
+        if not self.layers:
+            return self
+        grid = self._grid_of(linear)
+        if grid is None:
+            raise QuantizationError(f"{linear} is left alone")
+        return replace(self, grid=grid, layers=())
+
+    def leaves_alone(self, linear: str) -> bool:
+        """Whether a linear, by its full name, stays as it is."""
+        return self._grid_of(linear) is None
+
+    def grids_differ(self, linear: str, other: str) -> bool:
+        """Whether two linears have different grids, or one of them alone is left alone."""
+        return self._grid_of(linear) != self._grid_of(other)
+
+    def _grid_of(self, linear: str) -> Grid | None:
+        return next((grid for pattern, grid in self.layers if fnmatchcase(linear, pattern)), self.grid)
 
     @property
     def needs(self) -> Needs:
@@ -243,12 +263,16 @@ def _listed(bits: Sequence[int]) -> str:
 
 
 def total_stored_bytes(method: Method, linears: Mapping[str, tuple[int, int]]) -> int:
-    """Bytes that a model's linears will take.
+    """Bytes that a model's linears will take in an artifact, without those that are left alone.
 
     Args:
         linears: full name -> (out_features, in_features).
     """
-    return sum(method.of(name).stored_bytes(rows, columns) for name, (rows, columns) in linears.items())
+    return sum(
+        method.of(name).stored_bytes(rows, columns)
+        for name, (rows, columns) in linears.items()
+        if not method.leaves_alone(name)
+    )
 
 
 def check_grids(method: Method, linears: Mapping[str, tuple[int, int]], *, of: str = "") -> None:
@@ -258,7 +282,8 @@ def check_grids(method: Method, linears: Mapping[str, tuple[int, int]], *, of: s
         linears: full name -> (out_features, in_features), in order.
         of: what to say after a linear's name.
     Raises:
-        QuantizationError: names the linear, and what would fit; or the pattern that names no linear.
+        QuantizationError: names the linear, and what would fit; or the pattern that names no linear; or nothing is
+            left to quantize.
     """
     for pattern, _ in method.layers:
         if not any(fnmatchcase(name, pattern) for name in linears):
@@ -266,10 +291,13 @@ def check_grids(method: Method, linears: Mapping[str, tuple[int, int]], *, of: s
                 f"layers: {pattern!r} names no linear; full names are like {next(iter(linears))!r}, and * stands for "
                 "any part of one"
             )
+    if linears and all(method.leaves_alone(name) for name in linears):
+        raise QuantizationError("layers: every linear is left alone, so that nothing is quantized")
     for group in fused_groups(linears):
         for name in group:
-            method.of(name).grid.check_fits(linears[name][1], name + of)
-            if method.of(name).grid != method.of(group[0]).grid:
+            if not method.leaves_alone(name):
+                method.of(name).grid.check_fits(linears[name][1], name + of)
+            if method.grids_differ(name, group[0]):
                 raise QuantizationError(
                     f"layers: {group[0]} and {name} share their input and must share their grid, since servers keep "
                     "them in one matrix; name them all"

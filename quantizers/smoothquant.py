@@ -84,6 +84,8 @@ class SmoothQuant(Method):
         rescaling = Rescaling(block.block, family)
         for norm, stage in ((family.attention_norm, 0), (family.mlp_norm, 2)):
             linears = family.stages[stage]
+            if self.leaves_alone(block.prefix + linears[0]):
+                continue
             weights = [linear_at(block.block, name).weight for name in linears]
             scale_I = smoothing_scale(block.ranges[stage].max_abs_I, weights, self.alpha)
             rescaling.norm_to_linears(norm, linears, scale_I)

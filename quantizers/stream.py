@@ -152,6 +152,12 @@ class _Work:
     prefix: str
     shared: Sequence[InputStatistics] | None
 
+    def leaves_alone(self, stage: int) -> bool:
+        names = [self.prefix + name for name in self.family.stages[stage]]
+        if any(self.method.grids_differ(name, names[0]) for name in names):
+            raise QuantizationError(f"layers: {', '.join(names)} share their input and must share their grid")
+        return self.method.leaves_alone(names[0])
+
     def ranges(self, stage: int) -> InputRanges | None:
         return self.shared[stage].ranges if self.shared else None
 
@@ -160,6 +166,8 @@ def _check_fits(block: nn.Module, family: Family, method: Method, index: int) ->
     for stage in family.stages:
         for name in stage:
             full = f"{family.blocks}.{index}.{name}"
+            if method.leaves_alone(full):
+                continue
             method.of(full).grid.check_fits(linear_at(block, name).in_features, full)
 
 
@@ -186,7 +194,11 @@ def _quantize_on_float_path(work: _Work, streams: _Streams | None, index: int) -
     for _ in walk:  # what the method did not look at
         pass
     linears: list[QuantizedLinear] = []
+    dense = dict(transform.dense)
     for number, stage in enumerate(family.stages):
+        if work.leaves_alone(number):
+            dense |= _rescaled_weights(work, stage, transform)
+            continue
         statistics = _rescaled(
             InputStatistics(
                 hessian_II=work.shared[number].hessian_II if work.shared else None,
@@ -196,7 +208,16 @@ def _quantize_on_float_path(work: _Work, streams: _Streams | None, index: int) -
             transform.input_scales.get(stage[0]),
         )
         linears += _quantize_stage(work, number, statistics, transform)
-    return QuantizedBlock(linears=linears, dense={work.prefix + name: value for name, value in transform.dense.items()})
+    return QuantizedBlock(linears=linears, dense={work.prefix + name: value for name, value in dense.items()})
+
+
+def _rescaled_weights(work: _Work, stage: Sequence[str], transform: BlockTransform) -> dict[str, Tensor]:
+    """Of linears that are left alone, the weights that make up for what was rescaled around them."""
+    return {
+        f"{name}.weight": transform.references[name].to(linear_at(work.block, name).weight.dtype)
+        for name in stage
+        if name in transform.references
+    }
 
 
 def _sampled(walk: Iterator[Stage], samples: list[Tensor | None], num_tokens: int, size: int) -> Iterator[Stage]:
@@ -256,21 +277,23 @@ def _quantize_on_quantized_path(work: _Work, streams: _Streams | None, index: in
         float_walk = walk_block(private_copy(block), family, streams.float_hidden, streams.arguments[index])
     # Not true-sequential: all statistics come from the float block; its output is dropped.
     hidden = streams.hidden if method.true_sequential else list(streams.hidden)
-    pending: list[InputStatistics] = []
+    pending: dict[int, InputStatistics] = {}
     for number, (stage, inputs) in enumerate(walk_block(block, family, hidden, streams.arguments[index])):
         # Before this stage runs: a weight that is not finite would spoil, and so blame, the inputs of the next.
         check_weights_finite(block, stage, work.prefix)
-        quantizer = _attach_activations(work, number)
         float_inputs = next(float_walk)[1] if float_walk else None
+        if work.leaves_alone(number):
+            continue
+        quantizer = _attach_activations(work, number)
         statistics = _collect(work, number, inputs, float_inputs, quantizer, _num_tokens(streams.hidden))
         if method.true_sequential:
             install(number, statistics)
         else:
-            pending.append(statistics)
+            pending[number] = statistics
     for _ in float_walk or ():
         raise AssertionError("the float walk has more stages than the quantized one")
     if not method.true_sequential:
-        for number, statistics in enumerate(pending):
+        for number, statistics in pending.items():
             install(number, statistics)
         run_block(block, family, streams.hidden, streams.arguments[index])
     return QuantizedBlock(linears=linears)
@@ -336,8 +359,6 @@ def _quantize_stage(
     started = time.perf_counter()
     stage = work.family.stages[number]
     method = work.method.of(work.prefix + stage[0])
-    if any(work.method.of(work.prefix + name).grid != method.grid for name in stage):
-        raise QuantizationError(f"layers: {work.prefix}{', '.join(stage)} share their input and must share their grid")
     modules = [linear_at(work.block, name) for name in stage]
     references = [
         transform.references[name] if name in transform.references else module.weight.float()

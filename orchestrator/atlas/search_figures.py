@@ -15,6 +15,7 @@ from orchestrator.atlas.search_grid import BitsSquare, Grid, bits_squares, choic
 from orchestrator.atlas.search_hurt import Level, grid_of, levels
 from orchestrator.atlas.search_rows import is_finite
 from orchestrator.atlas.search_texts import axis_title, outside_text, shown_allocations
+from orchestrator.search.space import LEFT_ALONE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -54,7 +55,9 @@ def allocation_figure(space: Space, allocation: Allocation) -> Figure:
     grid = Grid.of(space)
     squares = bits_squares(space, grid, allocation)
     placed = [group for group in space.groups if group.name not in grid.outside] or space.groups
-    stored = [8 * one.stored_bytes / group.num_weights for group in placed for one in group.choices]
+    # Sixteen bits, which leave a group alone, would take the colours from all others.
+    quantized = [(group, one) for group in placed for one in group.choices if one.weight_bits != LEFT_ALONE]
+    stored = [8 * one.stored_bytes / group.num_weights for group, one in quantized]
     return _heatmap(
         grid,
         values={place: square.stored_bits for place, square in squares.items()},

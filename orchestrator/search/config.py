@@ -202,7 +202,7 @@ class Search:
         sweep: what the found allocations end in, with the uniform cells of `grid`.
         bank: one scheme per choice, as the bank's sweep quantizes them.
         schemes: the same as cells would have them; `bank` differs where a method can look at float inputs.
-        pinned: pattern of linears -> their one scheme, likewise of the bank.
+        pinned: pattern of linears -> their one scheme, likewise of the bank; None leaves them alone.
         matrices: "embedding" and "head", where they are searched -> the grids to choose among; None leaves it alone.
     """
 
@@ -210,7 +210,7 @@ class Search:
     settings: SearchConfig
     bank: tuple[Scheme, ...]
     schemes: tuple[Scheme, ...]
-    pinned: Mapping[str, Scheme]
+    pinned: Mapping[str, Scheme | None]
     matrices: Mapping[str, tuple[Grid | None, ...]]
 
     @property
@@ -232,7 +232,8 @@ class Search:
 
     def bank_sweep(self) -> Sweep:
         """The sweep that makes the bank: every choice as a uniform cell."""
-        grid = tuple(dict.fromkeys([*self.bank, *self.pinned.values()]))
+        pinned = [scheme for scheme in self.pinned.values() if scheme is not None]
+        grid = tuple(dict.fromkeys([*self.bank, *pinned]))
         return self.sweep.model_copy(update={"name": f"{self.sweep.name}-bank"[:80], "grid": grid})
 
 
@@ -283,7 +284,7 @@ def parse_search(document: Any, file: str) -> Search:
     if sweep.evaluation.execution != "simulated":
         raise BitatlasError(f"{file}: evaluation.execution = {sweep.evaluation.execution!r}: a search is simulated")
     pinned = {
-        pattern: _bank_scheme(_pinned(schemes[0], value, f"{file}: search.pinned[{pattern!r}]"))
+        pattern: _pinned(schemes[0], value, f"{file}: search.pinned[{pattern!r}]")
         for pattern, value in settings.pinned.items()
     }
     return Search(
@@ -361,10 +362,12 @@ def _grids(scheme: Scheme, role: str, asked: MatrixConfig, where: str) -> tuple[
     return tuple(found)
 
 
-def _pinned(scheme: Scheme, value: Any, where: str) -> Scheme:
-    """The scheme that a pinned group gets: bits, or weight_bits and group_size."""
-    entry = scheme.as_entry() | (value if isinstance(value, dict) else {"weight_bits": value})
-    for key in value if isinstance(value, dict) else ():
+def _pinned(scheme: Scheme, value: Any, where: str) -> Scheme | None:
+    """The bank's scheme that a pinned group gets: bits, or weight_bits and group_size; None leaves it alone."""
+    own = value if isinstance(value, dict) else {"weight_bits": value}
+    for key in own:
         if key not in ("weight_bits", "group_size"):
             raise BitatlasError(f"{where}: unknown key {key!r}; the keys here are weight_bits, group_size")
-    return parse_scheme(entry, where)
+    if own.get("weight_bits") == UNQUANTIZED_BITS:
+        return None
+    return _bank_scheme(parse_scheme(scheme.as_entry() | own, where))

@@ -19,7 +19,7 @@ from orchestrator.search.budget import Budget
 from orchestrator.search.config import Search
 from orchestrator.search.records import space_as_json
 from orchestrator.search.run import budgets_of, space_of
-from orchestrator.search.space import Allocation, Space
+from orchestrator.search.space import LEFT_ALONE, Allocation, Space
 from orchestrator.search.starts import largest_uniform
 from orchestrator.search.tokens import search_windows, task_units
 from orchestrator.search.worker import TaskUnits, facts_of
@@ -69,7 +69,9 @@ class Prepared:
         """The scheme of a cell: quantized in sequence, as any other cell is."""
         given = zip(self.space.groups, self.space.choices(allocation), strict=True)
         common = Counter(
-            (choice.weight_bits, choice.group_size) for group, choice in given if not group.role
+            (choice.weight_bits, choice.group_size)
+            for group, choice in given
+            if not group.role and choice.weight_bits != LEFT_ALONE
         ).most_common(1)[0][0]
         base = replace(self.search.schemes[0], weight_bits=common[0], group_size=common[1])
         return parse_scheme(self.space.entry(base, allocation), "search")

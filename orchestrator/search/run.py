@@ -49,7 +49,7 @@ def space_of(search: Search, model: ModelInput, file: str) -> Space:
             matrix_group(role, shape.matrices[role], grids, shape.bits_per_value)
             for role, grids in search.matrices.items()
         ]
-        return make_space(shape.linears, search.bank, search.pinned, matrices)
+        return make_space(shape.linears, search.bank, search.pinned, matrices, bits_per_value=shape.bits_per_value)
     except (BitatlasError, QuantizationError) as error:
         raise BitatlasError(f"{file}: search.{error}") from error
 

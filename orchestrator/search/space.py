@@ -29,7 +29,7 @@ class Choice:
     """One way to quantize a group.
 
     Args:
-        weight_bits: bits per code; 16 leaves an embedding or a head as it is.
+        weight_bits: bits per code; 16 leaves the weights as they are.
         group_size: 0 is per channel.
         stored_bytes: of the group's linears together, scales and zeros included.
     """
@@ -143,16 +143,20 @@ class Space:
 def make_space(
     linears: Mapping[str, tuple[int, int]],
     schemes: Sequence[Scheme],
-    pinned: Mapping[str, Scheme] | None = None,
+    pinned: Mapping[str, Scheme | None] | None = None,
     matrices: Sequence[Group] = (),
+    *,
+    bits_per_value: int = LEFT_ALONE,
 ) -> Space:
     """The space of a model.
 
     Args:
         linears: full name -> (out_features, in_features), in order.
         schemes: the choices: one method with several bits or groups.
-        pinned: pattern of full names -> the one scheme that these linears get; the first that fits counts.
+        pinned: pattern of full names -> the one scheme that these linears get, or None, which leaves them alone; the
+            first that fits counts.
         matrices: embedding and head, where they are searched.
+        bits_per_value: of the model's dtype.
     Raises:
         BitatlasError: a pattern names no linear, or some of a group alone; or a scheme does not fit a linear.
     """
@@ -174,7 +178,7 @@ def make_space(
         offered = schemes if pin is None else [pinned[pin]]
         shapes = {name: linears[name] for name in names}
         try:
-            choices = {_choice(scheme, shapes) for scheme in offered}
+            choices = {_choice(scheme, shapes, bits_per_value) for scheme in offered}
         except QuantizationError as error:
             raise BitatlasError(str(error)) from error
         groups.append(
@@ -184,6 +188,8 @@ def make_space(
                 choices=tuple(sorted(choices, key=lambda choice: (choice.stored_bytes, choice.weight_bits))),
             )
         )
+    if all(choice.weight_bits == LEFT_ALONE for group in groups for choice in group.choices):
+        raise BitatlasError("pinned: every linear is left alone, so that nothing is quantized")
     return Space((*groups, *matrices))
 
 
@@ -200,8 +206,7 @@ def matrix_group(role: str, matrix: VocabularyMatrix, grids: Sequence[Grid | Non
     choices = set()
     for grid in grids:
         if grid is None:
-            alone = num_weights * bits_per_value // 8
-            choices.add(Choice(weight_bits=LEFT_ALONE, group_size=0, stored_bytes=alone))
+            choices.add(_left_alone(num_weights, bits_per_value))
         else:
             stored = vocabulary_bytes({role: grid}, {role: matrix})
             choices.add(Choice(weight_bits=grid.bits, group_size=grid.group_size, stored_bytes=stored))
@@ -213,9 +218,15 @@ def matrix_group(role: str, matrix: VocabularyMatrix, grids: Sequence[Grid | Non
     )
 
 
-def _choice(scheme: Scheme, shapes: Mapping[str, tuple[int, int]]) -> Choice:
+def _left_alone(num_weights: int, bits_per_value: int) -> Choice:
+    return Choice(weight_bits=LEFT_ALONE, group_size=0, stored_bytes=num_weights * bits_per_value // 8)
+
+
+def _choice(scheme: Scheme | None, shapes: Mapping[str, tuple[int, int]], bits_per_value: int) -> Choice:
     from quantizers.method import check_grids, total_stored_bytes
 
+    if scheme is None:
+        return _left_alone(sum(rows * columns for rows, columns in shapes.values()), bits_per_value)
     method = scheme.build()
     check_grids(method, shapes)
     return Choice(

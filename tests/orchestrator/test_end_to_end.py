@@ -132,9 +132,9 @@ def undisturbed(sweep_file, tmp_path_factory):
     seen = []
     while process.poll() is None:
         if list((out / "results").glob("*.parquet")):
-            query = f"select count(distinct (cell_id, task, metric)), count(distinct cell_id) from '{out}/results/*.parquet'"
+            counts = "count(distinct (cell_id, task, metric)), count(distinct cell_id)"
             with suppress(duckdb.IOException):  # a part that was put together with others just now: ask again
-                seen.append(duckdb.sql(query).fetchall()[0])
+                seen.append(duckdb.sql(f"select {counts} from '{out}/results/*.parquet'").fetchall()[0])
         time.sleep(0.3)
     code, output = finish(process)
     assert code == 0, output

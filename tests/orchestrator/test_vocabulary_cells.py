@@ -1,4 +1,4 @@
-"""Cells that quantize embedding and head too: from the sweep file to rows and an exported checkpoint."""
+"""Cells that quantize embedding and head too, or leave linears alone: from the sweep file to an exported checkpoint."""
 
 import json
 
@@ -37,6 +37,16 @@ GRIDS = {
             "head": 6,
         },
     ],
+    # A whole block and some of the other one.
+    "untied, some left alone": [
+        {
+            "method": "rtn",
+            "weight_bits": 4,
+            "group_size": 32,
+            "head": 8,
+            "layers": {"model.layers.0.*": 16, "*.down_proj": 16},
+        },
+    ],
 }
 EVALUATION = {"perplexity": [{"corpus": "boolq-passages", "sequence_length": 64, "max_windows": 2}]}
 
@@ -53,7 +63,7 @@ def swept(request, checkpoints, make_sweep, tmp_path, monkeypatch):
     """The inputs, the plan and the output of a finished sweep."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     sweep = make_sweep(
-        models=[{"name": request.param, "source": str(checkpoints[request.param])}],
+        models=[{"name": "tiny", "source": str(checkpoints[request.param.partition(",")[0]])}],
         grid=GRIDS[request.param],
         evaluation=EVALUATION,
         calibration=None,
@@ -68,10 +78,10 @@ def swept(request, checkpoints, make_sweep, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("swept", GRIDS, indirect=True)
-def test_what_is_evaluated_is_what_is_stored_counted_and_exported(swept, checkpoints, tmp_path):
+def test_what_is_evaluated_is_what_is_stored_counted_and_exported(swept, tmp_path):
     inputs, plan, layout = swept
     cell = plan.cells[-1]
-    model, matrices = load_model(checkpoints[cell.model]), inputs.models[cell.model].shape.matrices
+    model, matrices = load_model(inputs.models["tiny"].directory), inputs.models["tiny"].shape.matrices
     artifact = find_artifact(layout.artifact(cell.key))
     decoded = {}
     for block in artifact.blocks():
@@ -101,10 +111,14 @@ def test_what_is_evaluated_is_what_is_stored_counted_and_exported(swept, checkpo
     assert rows[0]["checkpoint_bytes"] == stored + untouched == sizes_of(cell, inputs)["checkpoint_bytes"]
     layers = {row["layer"]: row for row in read_table(layout.root, LAYERS).to_pylist() if row["cell_id"] == cell.id}
     assert set(layers) == set(decoded)
-    linears = inputs.models[cell.model].shape.linears
-    bits = 8 * sum(layers[name]["stored_bytes"] for name in linears)
+    linears = inputs.models["tiny"].shape.linears
+    alone = set(linears) - set(decoded)
+    assert alone == {name for name in linears if cell.scheme.build().leaves_alone(name)}
+    bits = 8 * sum(layers[name]["stored_bytes"] for name in set(linears) - alone)
+    bits += 16 * sum(out * into for out, into in (linears[name] for name in alone))
     weights = sum(out * into for out, into in linears.values())
     assert rows[0]["decoder_bits_per_weight"] == bits / weights
+    assert ("layers" in json.loads(rows[0]["options"])) == bool(alone)
     for role, grid in roles.items():
         assert 1 < layers[matrices[role].name]["weight_error"] * 4.0**grid.bits < 3  # (range / sigma)^2 / 12
         assert json.loads(rows[0]["options"])[role]["weight_bits"] == grid.bits
@@ -116,8 +130,8 @@ def test_a_cell_that_leaves_them_alone_is_what_it_was(swept):
     plain, more = plan.cells[1:]
     assert "embedding" not in plain.scheme.as_entry()
     assert "vocabulary" not in find_artifact(layout.artifact(plain.key)).manifest
-    assert more.id.startswith("tied.rtn-w4-g32-e8.")
-    (embedding,) = inputs.models["tied"].shape.matrices.values()
+    assert more.id.startswith("tiny.rtn-w4-g32-e8.")
+    (embedding,) = inputs.models["tiny"].shape.matrices.values()
     saved = sizes_of(plain, inputs)["checkpoint_bytes"] - sizes_of(more, inputs)["checkpoint_bytes"]
     words, width = embedding.shape
     # From bfloat16 to a byte per weight, with a float16 scale and a byte of zero per 32 of them.

@@ -10,6 +10,7 @@ from torch import nn
 
 from evaluators.divergence import Comparison, Recorder
 from evaluators.perplexity import perplexity, window_tokens
+from orchestrator.errors import BitatlasError
 from orchestrator.models.loading import load_model
 from orchestrator.scheme import parse_scheme
 from orchestrator.search.knapsack import solve
@@ -22,6 +23,7 @@ from orchestrator.search.starts import largest_uniform, uniform_allocations
 from orchestrator.search.switches import fitted, mutated, random_allocation
 from quantizers.apply import StoredBlock, StoredLinear, installed
 from quantizers.grid import Grid
+from quantizers.method import total_stored_bytes
 from quantizers.rtn import round_to_nearest
 from quantizers.stream import linears_of
 from quantizers.vocabulary import PackedMatrix, VocabularyMatrix, matrices_of, quantize_matrix, vocabulary_bytes
@@ -90,6 +92,21 @@ def test_linears_may_all_be_pinned():
     space = space_with(LINEARS, MATRICES, pinned=pinned)
     assert [one.name for one in uniform_allocations(space)][-1] == "uniform pinned, embedding 16, head 16"
     assert space.check_budget(space.stored_bytes(space.least), "x") == space.stored_bytes(space.least)
+
+
+def test_pinned_linears_may_be_left_alone():
+    space = space_with(LINEARS, {}, pinned={"*.0.*": None, "*.1.*": SCHEMES[0]})
+    first, second, third = space.groups
+    assert [(one.weight_bits, one.group_size, one.stored_bytes) for one in first.choices] == [(16, 0, 64 * 64 * 2)]
+    assert (len(second.choices), len(third.choices)) == (1, 2)
+    cell = parse_scheme(space.entry(SCHEMES[1], (0, 0, 1)), "grid[0]")
+    method = cell.build()
+    assert [method.leaves_alone(name) for name in LINEARS] == [True, False, False]
+    stored = total_stored_bytes(method, LINEARS)
+    assert space.stored_bytes((0, 0, 1)) == stored + 64 * 64 * 2
+    assert [one.name for one in uniform_allocations(space)] == ["uniform 3-g64", "uniform 4-g64"]
+    with pytest.raises(BitatlasError, match="pinned: every linear is left alone, so that nothing is quantized"):
+        space_with(LINEARS, MATRICES, pinned={"*": None})
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -67,6 +67,12 @@ def test_pinned_groups_are_part_of_the_bank():
     assert [(scheme.weight_bits, scheme.group_size) for scheme in search.bank_sweep().grid][-2:] == [(8, 64), (4, 32)]
 
 
+def test_pinned_linears_that_are_left_alone_are_no_part_of_the_bank():
+    search = parse_search(with_search(pinned={"*.0.*": 16}), "s.yaml")
+    assert search.pinned == {"*.0.*": None}
+    assert search.bank_sweep().grid == search.bank
+
+
 def test_a_bundle_is_beside_the_file(tmp_path):
     file = tmp_path / "s.yaml"
     file.write_text(yaml.safe_dump(GOOD | {"data": "bundle"}))
