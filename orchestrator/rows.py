@@ -65,9 +65,9 @@ def size_columns(cell: Cell, model: ModelInput, stored_bytes: int | None) -> dic
 
 def _left_alone(scheme: Scheme, model: ModelInput) -> int:
     """Bytes of linears that are in no artifact, as they stay what they are."""
-    method = scheme.build()
-    if all(grid is not None for _, grid in method.layers):
+    if scheme.layers == "{}":  # asked for every row
         return 0
+    method = scheme.build()
     alone = [shape for name, shape in model.shape.linears.items() if method.leaves_alone(name)]
     return sum(map(math.prod, alone)) * model.shape.bits_per_value // 8
 

@@ -21,7 +21,6 @@ from quantizers.stream import QuantizedLinear
 from quantizers.uniform_weight import UniformWeight, stored_bytes
 
 EMBEDDING, HEAD = "embedding", "head"
-ROLES = (EMBEDDING, HEAD)
 # A vocabulary of 153,376 rows in float32 would be gigabytes at once; rows have grids of their own.
 _ROWS_AT_ONCE = 8192
 
