@@ -29,6 +29,7 @@ from orchestrator.facts import (
 )
 from orchestrator.inputs import Inputs, divergence_facts, evaluation_windows_of
 from orchestrator.layout import Layout
+from orchestrator.making import quantize_into
 from orchestrator.measured import (
     divergence_outcome,
     examinable,
@@ -245,8 +246,6 @@ class Worker:
 
         from orchestrator.models.loading import verified_directory
         from orchestrator.models.streaming import StreamedModel
-        from quantizers.stream import quantize_blocks
-        from quantizers.vocabulary import EMBEDDING, quantize_matrix
 
         scheme: Scheme = payload["scheme"]
         # The engine reads the float weights block by block; the model in memory, if any, is for evaluating.
@@ -260,19 +259,13 @@ class Worker:
         writer = ArtifactWriter(directory)
         try:
             shared = self._shared_statistics(source, method, model, windows)
-            matrices = {}
-            for role, grid in scheme.vocabulary().items():
-                self._report(f"quantizing the {role}")
-                matrices[role] = quantize_matrix(*source.vocabulary_matrix(role), grid)
-                writer.add_matrix(matrices[role])
-            embedding, told = matrices.get(EMBEDDING), self._progress("quantizing block")
-            for block in quantize_blocks(source, method, tokens, shared=shared, embedding=embedding, progress=told):
-                writer.add_block(block)
+            told = self._progress("quantizing block")
+            quantize_into(writer, source, scheme, tokens, shared=shared, report=self._report, progress=told)
             artifact = writer.finish(
                 cell=payload["cell"],
                 model=payload["model"],
                 scheme=scheme.as_entry(),
-                code_version=method.code_version,
+                code_version=scheme.code_version,
                 seconds=time.perf_counter() - started,
             )
         except BaseException:

@@ -72,6 +72,7 @@ def vocabulary_bytes(grids: Mapping[str, Grid], matrices: Mapping[str, Vocabular
     return sum(stored_bytes(grid, *matrices[role].shape) for role, grid in grids.items())
 
 
+@torch.no_grad()
 def quantize_matrix(name: str, weight_VH: Tensor, grid: Grid) -> QuantizedLinear:
     """Round one matrix to nearest.
 
@@ -89,8 +90,8 @@ def quantize_matrix(name: str, weight_VH: Tensor, grid: Grid) -> QuantizedLinear
         if not torch.isfinite(values).all():
             raise NumericalError(f"{name}.weight holds NaN or infinity")
         part = round_to_nearest(values, grid)
-        lost += (values - part.decode()).square().sum(dtype=torch.float64).item()
-        whole += values.square().sum(dtype=torch.float64).item()
+        lost += _sum_of_squares(values - part.decode())
+        whole += _sum_of_squares(values)
         parts.append(part)
     weight = replace(
         parts[0],
@@ -106,6 +107,11 @@ def quantize_matrix(name: str, weight_VH: Tensor, grid: Grid) -> QuantizedLinear
         damping=None,
         seconds=time.perf_counter() - started,
     )
+
+
+def _sum_of_squares(values_VH: Tensor) -> float:
+    """Over rows in float64 on the host: NPUs have none."""
+    return float(values_VH.square().sum(1).to("cpu", torch.float64).sum())
 
 
 class PackedMatrix:

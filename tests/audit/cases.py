@@ -24,12 +24,13 @@ from evaluators.pack_size import measured_pack_tokens
 from evaluators.perplexity import perplexity, window_tokens
 from evaluators.scorer import Scorer
 from orchestrator.artifacts import ArtifactWriter
+from orchestrator.making import quantize_into
 from orchestrator.models.streaming import StreamedModel
 from orchestrator.scheme import parse_scheme
 from orchestrator.shared_statistics import shared_statistics
 from quantizers.apply import installed
 from quantizers.float_statistics import collect_float_statistics
-from quantizers.stream import needs_shared, quantize_blocks, shares_hessians
+from quantizers.stream import needs_shared, shares_hessians
 from tests.audit.npu_stand_in import DEVICE, Record, StandIn
 
 VOCABULARY = 120
@@ -83,6 +84,20 @@ SCHEMES: dict[str, dict[str, Any]] = {
         "options": {"factorization": "device"},
     },
     "gptq mixed bits": {"method": "gptq", "weight_bits": 4, "group_size": 16, "layers": {"*.down_proj": 3}},
+    "gptq with embedding and head": {
+        "method": "gptq",
+        "weight_bits": 4,
+        "group_size": 16,
+        "embedding": 8,
+        "head": {"weight_bits": 1, "group_size": 32},
+    },
+    "awq beside linears left alone": {
+        "method": "awq",
+        "weight_bits": 4,
+        "group_size": 16,
+        "layers": {"*.up_proj": 16, "*.gate_proj": 16},
+        "options": {"num_ratios": 4},
+    },
     "gptq W4A4": {"method": "gptq", "weight_bits": 4, "activation_bits": 4, "group_size": 16},
     "awq": {"method": "awq", "weight_bits": 4, "group_size": 16, "options": {"num_ratios": 4}},
     "awq both scales": {
@@ -178,7 +193,8 @@ def checkpoint_of(family: str) -> Path:
 
 def quantized(family: str, scheme: str) -> Record:
     """Quantize as a worker does, from a checkpoint to an artifact, and evaluate what the artifact holds."""
-    method = parse_scheme(SCHEMES[scheme], scheme).build()
+    parsed = parse_scheme(SCHEMES[scheme], scheme)
+    method = parsed.build()
     tokens = torch.from_numpy(WINDOWS)
     checkpoint = checkpoint_of(family)
     with tempfile.TemporaryDirectory() as scratch, StandIn() as npu:
@@ -189,8 +205,7 @@ def quantized(family: str, scheme: str) -> Record:
             collect = partial(collect_float_statistics, source, tokens, hessians=hessians)
             shared = shared_statistics(Path(scratch) / "statistics", collect, source.device)
         writer = ArtifactWriter(Path(scratch) / "artifact")
-        for block in quantize_blocks(source, method, tokens, shared=shared):
-            writer.add_block(block)
+        quantize_into(writer, source, parsed, tokens, shared=shared)
         artifact = writer.finish()
         model = model_of(family).to(DEVICE)
         with installed(model, artifact.blocks()):
