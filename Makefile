@@ -1,6 +1,10 @@
 # `make demo` and `make test` do everything on a fresh machine with Python 3.11 or newer.
 PYTHON ?= python3
 PIP := .venv/bin/python -m pip --disable-pip-version-check
+# pip compiles modules on one core, which takes longer than installing them; this takes all. Files that are no modules
+# (templates) do not compile.
+INSTALL := $(PIP) install --quiet --no-compile
+COMPILE := .venv/bin/python -m compileall -qq -j 0 .venv/lib || true
 STAMP := .venv/.installed
 
 .PHONY: demo test check format bench clean
@@ -34,10 +38,12 @@ clean:
 	$(PYTHON) -m venv .venv
 
 $(STAMP)-run: pyproject.toml constraints.txt requirements-embedded.txt | .venv/bin/python
-	$(PIP) install --quiet --constraint constraints.txt --editable .
-	$(PIP) install --quiet --no-deps --requirement requirements-embedded.txt
+	$(INSTALL) --constraint constraints.txt --editable .
+	$(INSTALL) --no-deps --requirement requirements-embedded.txt
+	$(COMPILE)
 	touch $@
 
 $(STAMP)-dev: $(STAMP)-run
-	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(INSTALL) --constraint constraints.txt --editable '.[dev]'
+	$(COMPILE)
 	touch $@
