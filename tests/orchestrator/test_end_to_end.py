@@ -13,8 +13,16 @@ import psutil
 import pytest
 import yaml
 
+from cluster.pool import InlinePool
+from orchestrator.config import read_sweep
+from orchestrator.inputs import prepare
+from orchestrator.layout import Layout
+from orchestrator.plan import make_plan
 from orchestrator.schema import EVENTS, ITEMS, LAYERS, RESULTS
-from orchestrator.store import read_table
+from orchestrator.store import Store, read_table
+from orchestrator.sweep import Driver
+from orchestrator.view import QuietView
+from orchestrator.worker import FACTORY
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(420)]
 
@@ -190,7 +198,8 @@ def test_kill_9_of_the_driver_and_ctrl_c_lose_and_repeat_nothing(undisturbed, sw
     assert code == 130
     assert f"go on with: bitatlas run {sweep_file} --out {out}" in output
     assert not stray.exists()
-    done = finished_in(out)
+    events = read_table(out, EVENTS)["event"].to_pylist()
+    done = events.count("finished") + events.count("reused")  # an artifact that the killed driver had not heard of
     assert 8 <= done < JOBS
 
     code, output = run(sweep_file, out, "--workers", "1")
@@ -233,21 +242,34 @@ def is_worker(process):
 
 
 def test_slices_on_two_workers_give_the_rows_of_one(tiny_checkpoint, tmp_path):
-    outs = []
+    """Of a task in one piece, in this process."""
+    files, outs = {}, {}
     for count in (1, 3):
         evaluation = {"tasks": [{"name": "arc_easy", "limit": 150, "slices": count}]}  # three units
-        file = write_sweep(tmp_path / f"{count}.yaml", tiny_checkpoint, grid=GRID[:1], evaluation=evaluation)
-        outs.append(tmp_path / f"out{count}")
-        code, output = run(file, outs[-1])
-        assert code == 0, output
-        assert_nothing_ran_twice(outs[-1])
+        files[count] = write_sweep(tmp_path / f"{count}.yaml", tiny_checkpoint, grid=GRID[:1], evaluation=evaluation)
+        outs[count] = tmp_path / f"out{count}"
+    run_here(files[1], outs[1])
+    code, output = run(files[3], outs[3])
+    assert code == 0, output
     assert "11 jobs" in output  # 3 cells x 3 slices, 2 of them quantized
-    workers = {row["worker"] for row in read_table(outs[1], EVENTS).to_pylist() if row["event"] == "finished"}
+    for out in outs.values():
+        assert_nothing_ran_twice(out)
+    workers = {row["worker"] for row in read_table(outs[3], EVENTS).to_pylist() if row["event"] == "finished"}
     assert len(workers) == 2
-    assert values(outs[0]) == values(outs[1])
-    assert len(values(outs[1])["items"]) == 3 * 150 * 2
-    code, output = run(tmp_path / "1.yaml", outs[1])
+    assert values(outs[1]) == values(outs[3])
+    assert len(values(outs[3])["items"]) == 3 * 150 * 2
+    code, output = run(files[1], outs[3])
     assert (code, "done already" in output) == (0, True)
+
+
+def run_here(file, out):
+    sweep = read_sweep(file)
+    inputs = prepare(sweep, str(file))
+    layout, plan = Layout(out), make_plan(sweep, inputs.identities)
+    with Store(layout) as store:
+        pool = InlinePool(FACTORY)
+        driver = Driver(sweep=sweep, plan=plan, inputs=inputs, layout=layout, store=store, pool=pool)
+        assert driver.run(QuietView()).failed == 0
 
 
 RUNNING_CLUSTER = """

@@ -42,6 +42,7 @@ class Bench:
         self.known = {}
 
     def perplexity(self, seed=0, **scheme):
+        seed = 0 if scheme.get("method") == "rtn" else seed  # it looks at no data
         key = json.dumps([seed, scheme], sort_keys=True)
         if key not in self.known:
             with fast_products("cpu"):

@@ -193,7 +193,7 @@ def test_a_score_at_chance_is_warned_of_once_and_of_the_whole(unsliced, run, tmp
     assert [(row["job"], row["error"]) for row in again] == [("tiny fp: arc_easy", next(iter(told)))]
 
 
-@pytest.mark.parametrize("jobs", range(7))
+@pytest.mark.parametrize("jobs", range(0, 7, 2))
 def test_a_killed_driver_is_resumed_slice_by_slice(unsliced, run, tmp_path, prepared_sweep, jobs):
     out = tmp_path / "out"
     with pytest.raises(Killed):
