@@ -66,11 +66,11 @@ def budgets_of(search: Search, space: Space, model: ModelInput, file: str) -> li
         if isinstance(budget, dict):
             total = budget["checkpoint_bytes"]
             untouched = model.shape.fp_bytes - space.num_weights * model.shape.bits_per_value // 8
-            if total <= untouched:
+            least = untouched + space.stored_bytes(space.least)
+            if total < least:
                 raise BitatlasError(
-                    f"{where} of {total} bytes is below the {untouched} bytes of what is not quantized "
-                    f"({', '.join(_untouched(search))}); the least possible is "
-                    f"{untouched + space.stored_bytes(space.least)} bytes"
+                    f"{where} of {total} bytes is too little: {untouched} are taken by what is not quantized "
+                    f"({', '.join(_untouched(search, model))}); the least possible is {least} bytes"
                 )
             found.append(Budget(name=f"{total} bytes", stored_bytes=space.check_budget(total - untouched, where)))
         else:
@@ -84,8 +84,8 @@ def budgets_of(search: Search, space: Space, model: ModelInput, file: str) -> li
     return found
 
 
-def _untouched(search: Search) -> list[str]:
-    return [name for name in ("embedding", "head") if name not in search.matrices] + ["norms"]
+def _untouched(search: Search, model: ModelInput) -> list[str]:
+    return [role for role in model.shape.matrices if role not in search.matrices] + ["norms"]
 
 
 class SearchRun:

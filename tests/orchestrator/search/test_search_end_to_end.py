@@ -298,7 +298,11 @@ def test_another_bank_or_objective_is_refused_in_the_same_directory(done, tmp_pa
     ("changes", "told"),
     [
         ({"budgets": [2.0]}, "search.budgets[0] of 368640 bytes (2.000 bits per weight) is below the least possible"),
-        ({"budgets": [{"checkpoint_bytes": 1000}]}, "the least possible is"),
+        ({"budgets": [{"checkpoint_bytes": 1000}]}, "(embedding, norms); the least possible is"),
+        (
+            {"budgets": [{"checkpoint_bytes": 400_000}], "embedding": [4, 8]},
+            "of 400000 bytes is too little: ",
+        ),
         ({"budgets": [3.3, 3.3]}, "search.budgets names 3.3 bits twice"),
         ({"bank": {"method": "gptq", "weight_bits": 3, "group_size": 64}}, "there is nothing to search"),
         ({"pinned": {"*q_proj": 4}}, "share their input and must share their choice"),
