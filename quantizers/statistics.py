@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quantizers.exact_products import exact_products
+
 # Columns per tile of the symmetric update. Below this a tile is too thin for a fast matrix product.
 _PANEL = 256
 
@@ -28,9 +30,10 @@ class Hessian:
         """Add sequences: [sequences, tokens, in_features], any float dtype."""
         inputs = inputs_NTI.reshape(-1, inputs_NTI.shape[-1]).float()
         width = inputs.shape[1]
-        for start in range(0, width, _PANEL):
-            stop = min(start + _PANEL, width)
-            self._sum_II[start:stop, start:].addmm_(inputs[:, start:stop].T, inputs[:, start:])
+        with exact_products(inputs_NTI):
+            for start in range(0, width, _PANEL):
+                stop = min(start + _PANEL, width)
+                self._sum_II[start:stop, start:].addmm_(inputs[:, start:stop].T, inputs[:, start:])
         self._num_sequences += inputs_NTI.shape[0]
 
     def value(self) -> Tensor:
@@ -55,7 +58,10 @@ class Drift:
         """Add sequences: the same tokens in the quantized and in the float model, [sequences, tokens, in_features]."""
         inputs = inputs_NTI.reshape(-1, inputs_NTI.shape[-1]).float()
         drift = float_inputs_NTI.reshape(inputs.shape).float() - inputs
-        self._sum_II.addmm_(drift.T, inputs)
+        # The difference of two bfloat16 values in one binade is such a value too, and is multiplied exactly. Others
+        # lose what is below their ninth bit: the sum is no further from float64's for it (docs/design.md).
+        with exact_products(inputs_NTI):
+            self._sum_II.addmm_(drift.T, inputs)
         self._num_sequences += inputs_NTI.shape[0]
 
     def value(self) -> Tensor:

@@ -28,6 +28,7 @@ OTHERS = {
     "openpangu": "a sweep on a random checkpoint of openPangu 1B's shape: time, peak memory, and what the plan said",
     "search": "mixed bits by search against the best uniform cell, the knapsack, TPE and chance, on held-out text",
     "search_speed": "a probe of the search against quantizing for every trial, and what prefix reuse saves",
+    "originals": "every method as published against its authors' released code: perplexity, first block's errors",
     "memory": "peak memory of quantizing a synthetic 7B checkpoint block by block",
 }
 BENCHMARKS = QUANTIZATION | EVALUATION | OTHERS
@@ -43,18 +44,24 @@ def main():
         nargs="+",
         help="calibration seeds of gptq, awq, smoothquant (three by default) and search (one)",
     )
+    parser.add_argument(
+        "--sources", type=Path, help="for originals: a folder of clones; what is missing is told with its command"
+    )
+    parser.add_argument("--settings", nargs="+", default=(), help="of originals: some of its settings alone")
     args = parser.parse_args()
     names = args.names or [*QUANTIZATION, *EVALUATION]
-    chosen = {"seeds": args.seeds} if args.seeds else {}
+    if "originals" in names and args.sources is None:
+        parser.error("originals needs --sources, a folder of the releases' clones")
+    seeds = {"seeds": args.seeds} if args.seeds else {}
+    options = dict.fromkeys(SEEDED, seeds) | {"originals": {"sources": args.sources, "only": args.settings}}
     root = Path(__file__).resolve().parents[2]
     results = root / "outputs" / "benchmarks"
     results.mkdir(parents=True, exist_ok=True)
     for name in names:
         if name not in BENCHMARKS:
             parser.error(f"no benchmark {name!r}; there are {', '.join(BENCHMARKS)}")
-        figures = importlib.import_module(f"tests.benchmarks.bench_{name}").measure(
-            root, **chosen if name in SEEDED else {}
-        )
+        measure = importlib.import_module(f"tests.benchmarks.bench_{name}").measure
+        figures = measure(root, **options.get(name, {}))
         (results / f"{name}.json").write_text(json.dumps(figures, indent=1))
         print(f"wrote {results / name}.json")
 

@@ -1,0 +1,154 @@
+"""Every method with `preset: as_published` beside the code that its authors released, on the same model and tokens.
+
+Perplexity of the whole model, and of each linear of the first block tr((W-Q) H (W-Q)^T) / tr(W H W^T) with H from the
+float32 model's inputs, rescalings undone. The releases are no part of this repository: `--sources` is a folder of their
+clones. Sides and settings run in processes of their own, as many at once as there are cores: nothing here is timed.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from tests.benchmarks.harness import HELD_OUT_LENGTH, HELD_OUT_WINDOWS, LENGTH, ONE_THREAD, SOURCE, WINDOWS
+from tests.benchmarks.originals.layers import ALL_AT_ONCE, first_inputs, heard
+from tests.benchmarks.originals.releases import RELEASES, check
+from tests.benchmarks.originals.settings import SETTINGS
+
+SEED = 0
+SIDES = {"original": ("original",), "ours": ("ours",), "ours in float32": ("ours", "--float32")}
+
+
+def measure(root, sources, only=()):
+    from evaluators.corpora import Corpus, calibration_windows, evaluation_windows
+    from orchestrator.models.loading import load_tokenizer
+    from orchestrator.models.source import resolve_model
+
+    sources = sources.resolve()
+    check(sources)
+    if unknown := set(only) - SETTINGS.keys():
+        raise SystemExit(f"no settings {sorted(unknown)}; there are {list(SETTINGS)}")
+    directory = resolve_model(SOURCE, "benchmark")
+    tokenizer = load_tokenizer(directory)
+    console, log = Console(), root / "outputs" / "benchmarks" / "originals.log"
+    with tempfile.TemporaryDirectory() as temporary:
+        scratch = Path(temporary)
+        files = {"--model": directory, "--tokens": scratch / "tokens.npy", "--held-out": scratch / "held_out.npy"}
+        tokens = calibration_windows(
+            Corpus.parse("lambada"), tokenizer, samples=WINDOWS, sequence_length=LENGTH, seed=SEED
+        )
+        np.save(files["--tokens"], tokens)
+        held_out = evaluation_windows(
+            Corpus.parse("boolq-passages"), tokenizer, sequence_length=HELD_OUT_LENGTH, max_windows=HELD_OUT_WINDOWS
+        )
+        np.save(files["--held-out"], held_out)
+        weights, hessians = first_block(directory, tokens)
+
+        def run(name, label):
+            out = scratch / f"{name} {label}".replace(" ", "-")
+            side, *flags = SIDES[label]
+            command = [sys.executable, "-m", "tests.benchmarks.originals.side", side, name, *flags, "--out", out]
+            command += ["--sources", sources, *(part for pair in files.items() for part in pair)]
+            with log.open("a") as lines:
+                subprocess.run(command, check=True, cwd=root, env=os.environ | ONE_THREAD, stdout=lines, stderr=lines)
+            console.print(f"{name}: {label} done")
+            return read_side(out, weights, hessians)
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            pending = {
+                (name, label): pool.submit(run, name, label)
+                for name in SETTINGS
+                if not only or name in only
+                for label in SIDES
+            }
+            sides = {key: future.result() for key, future in pending.items()}
+    figures = {name: compare(*(sides[name, label] for label in SIDES)) for name, label in sides if label == "ours"}
+    show(console, figures)
+    return {"releases": {release.address: release.commit for release in RELEASES.values()}, "settings": figures}
+
+
+def first_block(directory, tokens):
+    """The float32 weights of the first block's linears and H = X X^T of their inputs, float64."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    layer = model.model.layers[0]
+    linears = {name: layer.get_submodule(name) for name in ALL_AT_ONCE[0]}
+    hessians = {name: torch.zeros(linear.in_features, linear.in_features).double() for name, linear in linears.items()}
+
+    def listen(name, given, _):
+        rows = given.flatten(0, -2)
+        hessians[name] += (rows.T @ rows).double()
+
+    with torch.no_grad():
+        states, arguments = first_inputs(model, torch.from_numpy(tokens)[:, None])
+        with heard(linears, listen):
+            for state in states:
+                layer(state, **arguments)
+    return {name: linear.weight.detach().double() for name, linear in linears.items()}, hessians
+
+
+def read_side(out, weights, hessians):
+    """A side's `result.json`, with the relative output error of each linear of the first block."""
+    from safetensors.torch import load_file
+
+    errors = {}
+    for name, quantized in load_file(out / "first.safetensors").items():
+        difference, hessian = weights[name] - quantized.double(), hessians[name]
+        errors[name] = (quadratic(difference, hessian) / quadratic(weights[name], hessian)).item()
+    return json.loads((out / "result.json").read_text()) | {"errors": errors}
+
+
+def quadratic(weight, hessian):
+    """tr(W H W^T)."""
+    return ((weight @ hessian) * weight).sum()
+
+
+def compare(original, ours, exact):
+    def ratios(side):
+        return {name: side["errors"][name] / error for name, error in original["errors"].items()}
+
+    figures = {"perplexity": original["perplexity"], "ours": ours["perplexity"]}
+    figures |= {"error_ratios": ratios(ours), "float32_error_ratios": ratios(exact), "errors": original["errors"]}
+    for label, side in (("choices_equal", ours), ("float32_choices_equal", exact)):
+        pairs = list(zip(original["choices"], side["choices"], strict=False))
+        figures[label] = [sum(one == other for one, other in pairs), len(pairs)]
+    return figures
+
+
+def show(console, figures):
+    table = Table(title="the released code and ours, SmolLM2-135M")
+    for heading in (
+        "",
+        "original",
+        "ours",
+        "ratio",
+        "first block's errors",
+        "in float32",
+        "equal choices",
+        "in float32",
+    ):
+        table.add_column(heading, justify="right")
+    for name, found in figures.items():
+        perplexities = ("", "", "")
+        if found["perplexity"]:
+            ratio = found["ours"] / found["perplexity"]
+            perplexities = (f"{found['perplexity']:.3f}", f"{found['ours']:.3f}", f"{ratio:.4f}")
+        spans = (
+            f"{min(each.values()):.4f} to {max(each.values()):.4f}"
+            for each in (found["error_ratios"], found["float32_error_ratios"])
+        )
+        counts = (
+            "{} of {}".format(*found[label]) if found[label][1] else ""
+            for label in ("choices_equal", "float32_choices_equal")
+        )
+        table.add_row(name, *perplexities, *spans, *counts)
+    console.print(table)

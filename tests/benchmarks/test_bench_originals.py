@@ -1,0 +1,65 @@
+"""The parts of the comparison with the original implementations that need none of them."""
+
+import subprocess
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from orchestrator.scheme import parse_scheme
+from tests.benchmarks.bench_originals import compare, quadratic
+from tests.benchmarks.originals import methods
+from tests.benchmarks.originals.layers import first_inputs, walk
+from tests.benchmarks.originals.releases import RELEASES, check
+from tests.benchmarks.originals.settings import SETTINGS
+
+
+def test_every_setting_has_a_function_a_release_and_a_scheme_of_ours():
+    for setting in SETTINGS.values():
+        assert callable(getattr(methods, setting.function))
+        assert setting.release in RELEASES
+        assert parse_scheme(dict(setting.scheme), "test").build()
+
+
+def test_a_clone_at_another_commit_is_refused_with_the_command_that_makes_it(tmp_path):
+    subprocess.run(["git", "init", "-q", tmp_path / "gptq"], check=True)
+    with pytest.raises(SystemExit, match=r"git clone https://github.com/IST-DASLab/gptq .* checkout 2d65066"):
+        check(tmp_path)
+
+
+def test_the_error_of_a_linear_is_that_of_its_outputs():
+    generator = torch.Generator().manual_seed(0)
+    weight, inputs = torch.randn(3, 5, generator=generator), torch.randn(5, 20, generator=generator)
+    torch.testing.assert_close(quadratic(weight, inputs @ inputs.T), (weight @ inputs).square().sum())
+
+
+def test_ratios_are_ours_by_the_originals_and_choices_are_counted():
+    def side(error, choices):
+        return {"perplexity": 20.0, "errors": {"mlp.up_proj": error}, "choices": choices}
+
+    found = compare(side(0.5, [1, 2, 3]), side(0.6, [1, 2, 4]), side(0.5, [1, 2, 3]))
+    assert found["error_ratios"] == {"mlp.up_proj": pytest.approx(1.2)}
+    assert found["float32_error_ratios"] == {"mlp.up_proj": 1.0}
+    assert (found["choices_equal"], found["float32_choices_equal"]) == ([2, 3], [3, 3])
+
+
+def test_the_walk_hands_on_what_quantized_layers_put_out_and_tells_what_the_float_ones_did():
+    shape = {"hidden_size": 8, "intermediate_size": 12, "num_attention_heads": 2, "vocab_size": 16}
+    model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, **shape)).eval()
+    windows = torch.arange(8).reshape(2, 4)
+    layer = model.model.layers[0]
+    with torch.no_grad():
+        states, arguments = first_inputs(model, windows[:, None])
+        expected = layer.input_layernorm(states[1])
+        stages = []
+
+        def quantize(stage):
+            stages.append(stage)
+            for linear in stage.linears.values():
+                linear.weight.zero_()
+
+        walk(model, windows, (("self_attn.q_proj",), ("mlp.down_proj",)), quantize, blocks=1, float_inputs=True)
+    torch.testing.assert_close(stages[0].float_inputs[1], expected)
+    assert [list(stage.linears) for stage in stages] == [["self_attn.q_proj"], ["mlp.down_proj"]]
+    assert len(arguments) > 0
+    assert not layer.mlp.down_proj.weight.any()
