@@ -139,7 +139,9 @@ class Scheme:
         entry = {name: getattr(self, name) for name in _FIELDS if name not in left_out}
         if self.layers != "{}":
             entry["layers"] = {
-                pattern: own | {"group_size": own["group_size"] or "per_channel"}
+                pattern: UNQUANTIZED_BITS
+                if own["weight_bits"] == UNQUANTIZED_BITS
+                else own | {"group_size": own["group_size"] or "per_channel"}
                 for pattern, own in json.loads(self.layers).items()
             }
         for role, grid in self.vocabulary().items():
@@ -328,7 +330,7 @@ def _own_grid(value: Any, fields: dict[str, Any], where: str) -> tuple[int, int]
     leave a weight alone.
 
     Raises:
-        BitatlasError: neither bits nor a mapping of weight_bits and group_size.
+        BitatlasError: neither bits nor a mapping of weight_bits and group_size, or groups of what is left alone.
     """
     own = value if isinstance(value, dict) else {"weight_bits": value}
     for key in own:
@@ -341,6 +343,8 @@ def _own_grid(value: Any, fields: dict[str, Any], where: str) -> tuple[int, int]
             "alone"
         )
     if bits == UNQUANTIZED_BITS:
+        if "group_size" in own:
+            raise BitatlasError(f"{where}.group_size says nothing beside {UNQUANTIZED_BITS} bits, which leave alone")
         return None
     return bits, _group_size(own.get("group_size", fields.get("group_size", "per_channel")), f"{where}.group_size")
 

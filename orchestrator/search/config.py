@@ -369,5 +369,7 @@ def _pinned(scheme: Scheme, value: Any, where: str) -> Scheme | None:
         if key not in ("weight_bits", "group_size"):
             raise BitatlasError(f"{where}: unknown key {key!r}; the keys here are weight_bits, group_size")
     if own.get("weight_bits") == UNQUANTIZED_BITS:
+        if "group_size" in own:
+            raise BitatlasError(f"{where}.group_size says nothing beside {UNQUANTIZED_BITS} bits, which leave alone")
         return None
     return _bank_scheme(parse_scheme(scheme.as_entry() | own, where))

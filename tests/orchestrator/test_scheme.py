@@ -41,6 +41,8 @@ REFUSED = [
     (RTN | {"embedding": 9}, ".embedding.weight_bits = 9: must be a whole number from 1 to 8"),
     (RTN | {"head": {"bits": 8}}, ".head: unknown key 'bits'; the keys here are weight_bits, group_size"),
     (RTN | {"head": {"group_size": 0}}, ".head.group_size = 0: must be a positive whole number"),
+    (RTN | {"head": {"weight_bits": 16, "group_size": 64}}, ".head.group_size says nothing beside 16 bits"),
+    (RTN | {"layers": {"*.o_proj": {"weight_bits": 16, "group_size": 64}}}, ".group_size says nothing beside 16 bits"),
     (RTN | {"mse_search": True, "head": 1}, "mse_search has no range to shrink at 1 bit"),
     (RTN | {"options": 3}, ".options = 3: must be a mapping of the method's options"),
     (RTN | {"options": None}, ".options = None: must be a mapping of the method's options"),
@@ -119,6 +121,11 @@ def test_every_method_builds_what_it_says(method, bits):
         "float32",
     )
     assert scheme.needs_calibration == built.needs.calibration
+    assert parse_scheme(scheme.as_entry(), "x") == scheme
+
+
+def test_a_layer_that_is_left_alone_is_written_out_and_read_again():
+    scheme = parse_scheme(GPTQ | {"layers": {"*.o_proj": 16, "*.down_proj": {"weight_bits": 8}}}, "x")
     assert parse_scheme(scheme.as_entry(), "x") == scheme
 
 

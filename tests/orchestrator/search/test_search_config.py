@@ -140,6 +140,10 @@ def test_a_bundle_is_beside_the_file(tmp_path):
         ),
         (with_search(windows=1), "sensitivity.windows is more than the 1 search.windows"),
         (with_search(pinned={"*": {"bits": 3}}), "search.pinned['*']: unknown key 'bits'"),
+        (
+            with_search(pinned={"*": {"weight_bits": 16, "group_size": 64}}),
+            "search.pinned['*'].group_size says nothing beside 16 bits",
+        ),
         (with_search(pinned={"*": 99}), "search.pinned['*'].weight_bits = 99"),
         (
             GOOD | {"models": [*GOOD["models"], {"name": "n", "source": "/x"}]},
