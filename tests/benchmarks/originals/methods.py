@@ -174,9 +174,10 @@ def smoothquant(model, windows, blocks, *, alpha):
     from smoothquant.fake_quant import quantize_model
     from smoothquant.smooth import smooth_lm
 
-    largest = {}
-    linears = {f"model.layers.{i}.{name}": layer.get_submodule(name)
-               for i, layer in enumerate(model.model.layers) for name in ALL_AT_ONCE[0]}  # fmt: skip
+    del blocks  # it takes the whole model
+    largest, linears = {}, {}
+    for index, layer in enumerate(model.model.layers):
+        linears |= {f"model.layers.{index}.{name}": layer.get_submodule(name) for name in ALL_AT_ONCE[0]}
 
     def listen(name, given, _):
         now = given.reshape(-1, given.shape[-1]).abs().amax(0).float()
