@@ -132,12 +132,17 @@ class Space:
         for group, choice in zip(self.groups, self.choices(allocation), strict=True):
             if group.role:
                 if choice.weight_bits != LEFT_ALONE:
-                    own = {"weight_bits": choice.weight_bits, "group_size": choice.group_size or "per_channel"}
-                    matrices[group.role] = own
+                    matrices[group.role] = _own_grid(choice)
             elif (choice.weight_bits, choice.group_size) != (scheme.weight_bits, scheme.group_size):
-                own = {"weight_bits": choice.weight_bits, "group_size": choice.group_size or "per_channel"}
-                layers |= dict.fromkeys(group.linears, own)
+                layers |= dict.fromkeys(group.linears, _own_grid(choice))
         return scheme.as_entry() | ({"layers": layers} if layers else {}) | matrices
+
+
+def _own_grid(choice: Choice) -> dict[str, Any]:
+    """A choice as a sweep file says it of single weights."""
+    if choice.weight_bits == LEFT_ALONE:
+        return {"weight_bits": LEFT_ALONE}
+    return {"weight_bits": choice.weight_bits, "group_size": choice.group_size or "per_channel"}
 
 
 def make_space(
