@@ -316,16 +316,16 @@ def _layers(given: Any, fields: dict[str, Any], where: str) -> str:
         place = f"{where}[{pattern!r}]"
         if not isinstance(pattern, str) or not pattern:
             raise BitatlasError(f"{place}: the pattern must be text, such as '*.down_proj'")
-        bits, group_size = _own_grid(value, fields, place) or (UNQUANTIZED_BITS, 0)
+        bits, group_size = own_grid(value, fields, place) or (UNQUANTIZED_BITS, 0)
         found[pattern] = {"weight_bits": bits, "group_size": group_size}
     return json.dumps(found)
 
 
 def _matrix(fields: dict[str, Any], role: str, where: str) -> tuple[int, int] | None:
-    return None if fields.get(role) is None else _own_grid(fields[role], fields, f"{where}.{role}")
+    return None if fields.get(role) is None else own_grid(fields[role], fields, f"{where}.{role}")
 
 
-def _own_grid(value: Any, fields: dict[str, Any], where: str) -> tuple[int, int] | None:
+def own_grid(value: Any, fields: dict[str, Any], where: str) -> tuple[int, int] | None:
     """(weight_bits, group_size) as given, with those of the entry where only one of the two is; None where 16 bits
     leave a weight alone.
 

@@ -26,7 +26,7 @@ from orchestrator.config import (
 )
 from orchestrator.errors import BitatlasError
 from orchestrator.reads import Reads, Task, Text
-from orchestrator.scheme import UNQUANTIZED_BITS, VOCABULARY_FIELDS, Scheme, parse_scheme
+from orchestrator.scheme import UNQUANTIZED_BITS, VOCABULARY_FIELDS, Scheme, own_grid, parse_scheme
 
 if TYPE_CHECKING:
     from quantizers.grid import Grid
@@ -364,12 +364,9 @@ def _grids(scheme: Scheme, role: str, asked: MatrixConfig, where: str) -> tuple[
 
 def _pinned(scheme: Scheme, value: Any, where: str) -> Scheme | None:
     """The bank's scheme that a pinned group gets: bits, or weight_bits and group_size; None leaves it alone."""
-    own = value if isinstance(value, dict) else {"weight_bits": value}
-    for key in own:
-        if key not in ("weight_bits", "group_size"):
-            raise BitatlasError(f"{where}: unknown key {key!r}; the keys here are weight_bits, group_size")
-    if own.get("weight_bits") == UNQUANTIZED_BITS:
-        if "group_size" in own:
-            raise BitatlasError(f"{where}.group_size says nothing beside {UNQUANTIZED_BITS} bits, which leave alone")
+    own = own_grid(value, scheme.as_entry(), where)
+    if own is None:
         return None
-    return _bank_scheme(parse_scheme(scheme.as_entry() | own, where))
+    bits, group_size = own
+    entry = scheme.as_entry() | {"weight_bits": bits, "group_size": group_size or "per_channel"}
+    return _bank_scheme(parse_scheme(entry, where))

@@ -132,13 +132,13 @@ class Space:
         for group, choice in zip(self.groups, self.choices(allocation), strict=True):
             if group.role:
                 if choice.weight_bits != LEFT_ALONE:
-                    matrices[group.role] = _own_grid(choice)
+                    matrices[group.role] = _as_written(choice)
             elif (choice.weight_bits, choice.group_size) != (scheme.weight_bits, scheme.group_size):
-                layers |= dict.fromkeys(group.linears, _own_grid(choice))
+                layers |= dict.fromkeys(group.linears, _as_written(choice))
         return scheme.as_entry() | ({"layers": layers} if layers else {}) | matrices
 
 
-def _own_grid(choice: Choice) -> dict[str, Any]:
+def _as_written(choice: Choice) -> dict[str, Any]:
     """A choice as a sweep file says it of single weights."""
     if choice.weight_bits == LEFT_ALONE:
         return {"weight_bits": LEFT_ALONE}

@@ -119,6 +119,7 @@ def compare(original, ours, exact):
     figures = {"perplexity": original["perplexity"], "ours": ours["perplexity"]}
     figures |= {"error_ratios": ratios(ours), "float32_error_ratios": ratios(exact), "errors": original["errors"]}
     for label, side in (("choices_equal", ours), ("float32_choices_equal", exact)):
+        # Those of the first block come first, and ours in float32 has no others.
         pairs = list(zip(original["choices"], side["choices"], strict=False))
         figures[label] = [sum(one == other for one, other in pairs), len(pairs)]
     return figures

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from orchestrator.scheme import parse_scheme
 from tests.benchmarks.bench_originals import compare, quadratic
 from tests.benchmarks.originals import methods
-from tests.benchmarks.originals.layers import first_inputs, walk
+from tests.benchmarks.originals.layers import first_inputs, heard, walk
 from tests.benchmarks.originals.releases import RELEASES, check
 from tests.benchmarks.originals.settings import SETTINGS
 
@@ -45,21 +45,27 @@ def test_ratios_are_ours_by_the_originals_and_choices_are_counted():
 
 def test_the_walk_hands_on_what_quantized_layers_put_out_and_tells_what_the_float_ones_did():
     shape = {"hidden_size": 8, "intermediate_size": 12, "num_attention_heads": 2, "vocab_size": 16}
-    model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, **shape)).eval()
+    model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=2, **shape)).eval()
     windows = torch.arange(8).reshape(2, 4)
-    layer = model.model.layers[0]
+    first, second = model.model.layers
+    stages, seen = [], []
+
+    def quantize(stage):
+        stages.append(stage)
+        with heard(stage.linears, lambda _, given, __: seen.append(given.clone())):
+            stage.run()
+        for linear in stage.linears.values():
+            linear.weight.zero_()
+
     with torch.no_grad():
         states, arguments = first_inputs(model, windows[:, None])
-        expected = layer.input_layernorm(states[1])
-        stages = []
-
-        def quantize(stage):
-            stages.append(stage)
-            for linear in stage.linears.values():
-                linear.weight.zero_()
-
-        walk(model, windows, (("self_attn.q_proj",), ("mlp.down_proj",)), quantize, blocks=1, float_inputs=True)
-    torch.testing.assert_close(stages[0].float_inputs[1], expected)
-    assert [list(stage.linears) for stage in stages] == [["self_attn.q_proj"], ["mlp.down_proj"]]
-    assert len(arguments) > 0
-    assert not layer.mlp.down_proj.weight.any()
+        of_float = second.input_layernorm(first(states[1], **arguments))
+        walk(model, windows, (("self_attn.q_proj",), ("mlp.down_proj",)), quantize, blocks=2, float_inputs=True)
+        of_quantized = second.input_layernorm(first(states[1], **arguments))
+    assert [(stage.layer, *stage.linears) for stage in stages] == [
+        *((0, "self_attn.q_proj"), (0, "mlp.down_proj")),
+        *((1, "self_attn.q_proj"), (1, "mlp.down_proj")),
+    ]
+    torch.testing.assert_close(stages[2].float_inputs[1], of_float)
+    torch.testing.assert_close(seen[5], of_quantized)  # two windows a stage: the second one's of the third stage
+    assert not torch.allclose(of_float, of_quantized)
