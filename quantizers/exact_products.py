@@ -1,4 +1,4 @@
-"""float32 sums of products of bfloat16 values, faster than float32 products and as exact.
+"""float32 sums of products of bfloat16 values, as exact as float32 products and on some processors faster.
 
 torch has no product of bfloat16 matrices with a float32 result on the CPU, and with a bfloat16 result a Hessian is not
 positive definite. oneDNN's bfloat16 mode is exact where factors are bfloat16 values already: it may round float32
