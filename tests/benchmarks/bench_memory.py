@@ -19,6 +19,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from tests.benchmarks.peers.process_memory import peak_rss_bytes, status_bytes
+
 SEED = 0
 STANDARD_DEVIATION = 0.02  # of weights and biases, as models are initialized
 GPTQ_BLOCKS, GPTQ_WINDOWS, GPTQ_LENGTH = 2, 8, 512
@@ -229,27 +231,17 @@ def watch(command, root):
     return peak
 
 
-def status_bytes(pid, field):
-    """A size from /proc/PID/status, in bytes; None where it is not there (the process has just ended)."""
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    found = [line.split()[1] for line in lines if line.startswith(f"{field}:")]
-    return int(found[0]) * 1024 if found else None
-
-
 def child(args):
-    """The measured process. It reads its own VmHWM: ru_maxrss would hold the parent's from before exec."""
+    """The measured process. It reads its own peak."""
     import torch
     import transformers  # noqa: F401 - a part of the start, not of the job
 
     torch.set_num_threads(1)
-    start = status_bytes("self", "VmHWM")
+    start = peak_rss_bytes()
     started = time.perf_counter()
     ours(args.job, args.checkpoint, args.out)
     seconds = time.perf_counter() - started
-    result = {"seconds": seconds, "start_rss_bytes": start, "peak_rss_bytes": status_bytes("self", "VmHWM")}
+    result = {"seconds": seconds, "start_rss_bytes": start, "peak_rss_bytes": peak_rss_bytes()}
     args.report.write_text(json.dumps(result))
 
 

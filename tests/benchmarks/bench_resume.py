@@ -7,7 +7,6 @@ the seconds stands the processor's time, which other work on the machine changes
 """
 
 import json
-import resource
 import shutil
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tests.benchmarks.made_up import document, made_up
+from tests.benchmarks.peers.process_memory import peak_rss_bytes
 
 MODELS = 5
 FINISHED = 100_000
@@ -150,7 +150,7 @@ def _size(directory):
 
 
 def _peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return peak_rss_bytes() / 2**20
 
 
 class FirstJob(BaseException):

@@ -3,11 +3,12 @@ without Ray."""
 
 import argparse
 import json
-import resource
 import time
 from pathlib import Path
 
 import numpy as np
+
+from tests.benchmarks.peers.process_memory import peak_rss_bytes
 
 
 def ours(scheme, model, windows):
@@ -49,7 +50,7 @@ def quantize(args):
     result = {
         "quantization_seconds": time.perf_counter() - wall,
         "quantization_cpu_seconds": time.process_time() - cpu,
-        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_rss_bytes": peak_rss_bytes(),
     }
     with ours_installed(model, blocks):
         if args.held_out:

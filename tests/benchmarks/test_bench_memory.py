@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.benchmarks import bench_memory as bench
+from tests.benchmarks.peers.process_memory import peak_rss_bytes, status_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = bench.Shape(blocks=2, hidden=64, intermediate=160, heads=4, kv_heads=2, head_dim=16, vocabulary=300)
@@ -97,8 +98,8 @@ def test_a_process_that_fails_ends_the_benchmark():
 
 
 def test_a_process_that_is_gone_has_no_sizes():
-    assert bench.status_bytes(2**22 + 1, "VmHWM") is None
-    assert bench.status_bytes("self", "VmHWM") > 10_000_000
+    assert status_bytes(2**22 + 1, "VmHWM") is None
+    assert peak_rss_bytes() > 10_000_000
 
 
 def test_the_peak_is_that_of_the_child(tmp_path):

@@ -11,13 +11,13 @@ import argparse
 import json
 import os
 import platform
-import resource
 import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmcompressor_gptq import PACKAGES, save_dense
+from process_memory import peak_rss_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -62,7 +62,7 @@ def run(
         processor=object(),  # there is no text to tokenize; None would make it look for a tokenizer on disk
     )
     quantized_seconds, quantized_cpu_seconds = time.perf_counter(), time.process_time()
-    peak_rss_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak_bytes = peak_rss_bytes()
 
     linears = quantized_linears(model)
     measured = perplexity(model, torch.from_numpy(np.load(args.held_out))) if args.held_out else None
@@ -72,7 +72,7 @@ def run(
         "quantization_seconds": quantized_seconds - loaded_seconds,
         "quantization_cpu_seconds": quantized_cpu_seconds - loaded_cpu_seconds,
         "total_seconds": time.perf_counter() - started_seconds,
-        "peak_rss_bytes": peak_rss_bytes,
+        "peak_rss_bytes": peak_bytes,
         "num_windows": tokens_NT.shape[0],
         "window_tokens": tokens_NT.shape[1],
         "threads": args.threads,

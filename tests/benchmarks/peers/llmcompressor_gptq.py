@@ -14,11 +14,12 @@ import argparse
 import json
 import os
 import platform
-import resource
 import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from process_memory import peak_rss_bytes
 
 if TYPE_CHECKING:
     from llmcompressor.modifiers.gptq import GPTQModifier
@@ -52,13 +53,14 @@ def main() -> None:
         processor=object(),  # there is no text to tokenize; None would make it look for a tokenizer on disk
     )
     quantized_seconds, quantized_cpu_seconds = time.perf_counter(), time.process_time()
+    peak_bytes = peak_rss_bytes()
 
     save_dense(model, names, args.model, args.out)
     result = {
         "quantization_seconds": quantized_seconds - loaded_seconds,
         "quantization_cpu_seconds": quantized_cpu_seconds - loaded_cpu_seconds,
         "total_seconds": time.perf_counter() - started_seconds,
-        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_rss_bytes": peak_bytes,
         "num_windows": tokens_NT.shape[0],
         "window_tokens": tokens_NT.shape[1],
         "threads": args.threads,
