@@ -1,9 +1,9 @@
 """float32 sums of products of bfloat16 values, as exact as float32 products and on some processors faster.
 
 torch has no product of bfloat16 matrices with a float32 result on the CPU, and with a bfloat16 result a Hessian is not
-positive definite. oneDNN's bfloat16 mode is exact where factors are bfloat16 values already: it may round float32
-factors to bfloat16, which changes none of those, and adds up in float32. Which kernel it takes is oneDNN's choice; on
-an AMD EPYC of Zen 5 it is twice as fast as torch's own float32 product, of Zen 4 as fast (docs/design.md).
+positive definite. oneDNN's bfloat16 mode is exact where both factors are bfloat16 values already: it may round float32
+factors to bfloat16, which changes none of those, and adds up in float32. Which kernel it takes is oneDNN's choice: a
+float32 one on Zen 4 (as fast as torch's own), one of bfloat16 tiles on Intel's AMX, which rounds (docs/design.md).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 @contextmanager
 def exact_products(factor: Tensor) -> Iterator[None]:
-    """Within it, float32 products whose factors hold bfloat16 values are as fast as they can be, and as exact.
+    """Within it, float32 products both of whose factors hold bfloat16 values are as fast as they can be, and as exact.
 
     Args:
         factor: as it was before it was widened; the mode is on where this is bfloat16 on a CPU that multiplies such.

@@ -42,7 +42,7 @@ class Gptaq(Gptq):
     shared_damping: bool = False
 
     name: ClassVar[str] = "gptaq"
-    code_version: ClassVar[str] = "gptaq/2"
+    code_version: ClassVar[str] = "gptaq/3"
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "corrected": {},
         "as_published": {"carry": "q", "stale_groups": True, "shared_damping": True},

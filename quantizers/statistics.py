@@ -58,10 +58,8 @@ class Drift:
         """Add sequences: the same tokens in the quantized and in the float model, [sequences, tokens, in_features]."""
         inputs = inputs_NTI.reshape(-1, inputs_NTI.shape[-1]).float()
         drift = float_inputs_NTI.reshape(inputs.shape).float() - inputs
-        # The difference of two bfloat16 values in one binade is such a value too, and is multiplied exactly. Others
-        # lose what is below their ninth bit: the sum is no further from float64's for it (docs/design.md).
-        with exact_products(inputs_NTI):
-            self._sum_II.addmm_(drift.T, inputs)
+        # Not `exact_products`: the difference of two bfloat16 values need not be one, and processors with AMX round it.
+        self._sum_II.addmm_(drift.T, inputs)
         self._num_sequences += inputs_NTI.shape[0]
 
     def value(self) -> Tensor:

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -15,6 +16,10 @@ os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  # Ray spells it so
 ROOT = Path(__file__).parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
+
+# A shared machine stops for half a second now and then: no test is about time.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 # When a file begins. The longest first: begun last, it would keep one process at work while the other has nothing left.
 # Files that start a Ray of their own stand at both ends, so that no two of them share two cores.

@@ -5,6 +5,7 @@ has its figures.
 """
 
 import json
+import statistics
 from pathlib import Path
 
 import pytest
@@ -72,8 +73,19 @@ def test_the_model_means_something(bench):
 def test_fewer_bits_are_worse(bench, method, seed):
     eight, four, three, two = (bench.perplexity(seed, method=method, weight_bits=bits, group_size=64) for bits in BITS)
     assert bench.perplexity() <= eight * 1.001  # 8 bits are lossless: they may well be a little better
-    assert eight < four < three < two
+    # 4 bits cost GPTQ 0.1% here, and rounding moves single figures by 0.02%: those two are told apart by means, below.
+    assert eight < four * 1.001
+    assert four < three < two
     assert eight == pytest.approx(bench.perplexity(), rel=0.005)
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_four_bits_are_worse_than_eight_on_average(bench, method):
+    eight, four = (
+        statistics.mean(bench.perplexity(seed, method=method, weight_bits=bits, group_size=64) for seed in SEEDS)
+        for bits in (8, 4)
+    )
+    assert eight < four
 
 
 @pytest.mark.parametrize("seed", SEEDS)
