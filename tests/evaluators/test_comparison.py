@@ -7,7 +7,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -246,7 +246,6 @@ def test_bootstrap_is_deterministic_and_its_seed_matters():
     assert bootstrap_difference(before, after) != bootstrap_difference(before, after, seed=1)
 
 
-@settings(deadline=None)
 @given(two_of(nlls))
 def test_bootstrap_turned_round_is_its_mirror_image(pairs):
     before, after = map(floats, pairs)

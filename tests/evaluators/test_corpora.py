@@ -175,7 +175,7 @@ def test_windows_are_those_of_tokenizing_everything_at_once(name, tokenizer):
     assert (windows == expected).all()
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     texts=st.lists(st.text(alphabet="ab \n", min_size=1, max_size=400), min_size=1, max_size=40),
     length=st.integers(2, 300),

@@ -150,7 +150,7 @@ def divergence_of(p, q, k):
 LOGITS = st.lists(st.floats(-30, 30, width=32), min_size=12, max_size=12)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(p=LOGITS, q=LOGITS)
 def test_never_negative_never_more_than_the_whole_and_growing_with_k(p, q):
     log_p, log_q = (torch.tensor([one], dtype=torch.float64).log_softmax(1) for one in (p, q))
@@ -199,7 +199,7 @@ def test_probabilities_of_zero_and_what_is_no_number(p, q, expected, k):
     assert agrees.isnan().item() == math.isnan(expected)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(p=LOGITS, q=LOGITS, k=st.integers(1, 12), target=st.integers(0, 11))
 def test_both_losses_at_once_are_those_of_each(p, q, k, target):
     reference, logits = top_tokens(chunk_of([p]), k), torch.tensor([q])

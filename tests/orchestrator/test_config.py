@@ -262,7 +262,7 @@ SWEEPS = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(SWEEPS)
 def test_the_resolved_sweep_read_again_is_the_sweep(document):
     sweep = parse_sweep(document, "study.yaml")

@@ -240,7 +240,7 @@ def test_nothing_to_do_is_done():
     assert Schedule([quantize("a")], finished=["qa"]).done
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(data=st.data(), evaluations=st.lists(st.integers(-3, 3), min_size=1, max_size=6), workers=st.integers(1, 4))
 def test_every_job_ends_exactly_once(data, evaluations, workers):
     """Whatever completes, fails, is retried or lost, in whatever order."""
@@ -374,7 +374,7 @@ def test_where_all_share_nothing_is_deserted():
     assert schedule.deserted(["w@n1", "w0"]) == set()
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(data=st.data(), cells=st.integers(1, 5), evaluations=st.integers(0, 3))
 def test_every_job_ends_and_every_evaluation_is_where_its_artifact_is(data, cells, evaluations):
     """Nodes without a shared directory, whose workers come, go and fail."""
