@@ -279,3 +279,7 @@ def fetch(sweep_file: Path, to: Path) -> int:
     from orchestrator.commands import fetch_command
 
     return fetch_command(sweep_file, to)
+
+
+if __name__ == "__main__":
+    main()

@@ -349,9 +349,13 @@ def test_help_is_quick(arguments):
     assert ran.returncode == 0, ran.stderr
 
 
-def test_the_installed_script(tmp_path):
-    script = Path(sys.executable).with_name("bitatlas")
-    ran = subprocess.run([script, "run", "no.yaml"], capture_output=True, text=True, check=False, cwd=tmp_path)
+SCRIPT = [Path(sys.executable).with_name("bitatlas")]
+MODULE = [sys.executable, "-m", "orchestrator.cli"]
+
+
+@pytest.mark.parametrize("command", [SCRIPT, MODULE], ids=["script", "module"])
+def test_the_installed_command(tmp_path, command):
+    ran = subprocess.run([*command, "run", "no.yaml"], capture_output=True, text=True, check=False, cwd=tmp_path)
     assert (ran.returncode, ran.stdout) == (2, "")
     assert ran.stderr == "bitatlas: no.yaml does not exist; give the path of a sweep file\n"
     assert not list(tmp_path.iterdir())
