@@ -42,7 +42,7 @@ def main():
         "--seeds",
         type=int,
         nargs="+",
-        help="calibration seeds of gptq, awq, smoothquant (three by default) and search (one)",
+        help="calibration seeds of gptq, awq, smoothquant (three by default), search and originals (one)",
     )
     parser.add_argument(
         "--sources", type=Path, help="for originals: a folder of clones; what is missing is told with its command"
@@ -53,7 +53,8 @@ def main():
     if "originals" in names and args.sources is None:
         parser.error("originals needs --sources, a folder of the releases' clones")
     seeds = {"seeds": args.seeds} if args.seeds else {}
-    options = dict.fromkeys(SEEDED, seeds) | {"originals": {"sources": args.sources, "only": args.settings}}
+    options = dict.fromkeys(SEEDED, seeds)
+    options["originals"] = seeds | {"sources": args.sources, "only": args.settings}
     root = Path(__file__).resolve().parents[2]
     results = root / "outputs" / "benchmarks"
     results.mkdir(parents=True, exist_ok=True)

@@ -12,6 +12,7 @@ import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 from rich.console import Console
@@ -22,11 +23,11 @@ from tests.benchmarks.originals.layers import ALL_AT_ONCE, first_inputs, heard
 from tests.benchmarks.originals.releases import RELEASES, check
 from tests.benchmarks.originals.settings import SETTINGS
 
-SEED = 0
+SEEDS = (0,)
 SIDES = {"original": ("original",), "ours": ("ours",), "ours in float32": ("ours", "--float32")}
 
 
-def measure(root, sources, only=()):
+def measure(root, sources, only=(), seeds=SEEDS):
     from evaluators.corpora import Corpus, calibration_windows, evaluation_windows
     from orchestrator.models.loading import load_tokenizer
     from orchestrator.models.source import resolve_model
@@ -35,19 +36,32 @@ def measure(root, sources, only=()):
     check(sources)
     if unknown := set(only) - SETTINGS.keys():
         raise SystemExit(f"no settings {sorted(unknown)}; there are {list(SETTINGS)}")
+    names = [name for name in SETTINGS if not only or name in only]
     directory = resolve_model(SOURCE, "benchmark")
     tokenizer = load_tokenizer(directory)
-    console, log = Console(), root / "outputs" / "benchmarks" / "originals.log"
+    held_out = evaluation_windows(
+        Corpus.parse("boolq-passages"), tokenizer, sequence_length=HELD_OUT_LENGTH, max_windows=HELD_OUT_WINDOWS
+    )
+    console, figures = Console(), {}
+    for seed in seeds:
+        tokens = calibration_windows(
+            Corpus.parse("lambada"), tokenizer, samples=WINDOWS, sequence_length=LENGTH, seed=seed
+        )
+        figures[seed] = measure_seed(root, console, names, sources, directory, tokens, held_out)
+        show(console, figures[seed], f"the released code and ours, SmolLM2-135M, calibration seed {seed}")
+    if len(figures) > 1:
+        for name, ratio in mean_ratios(figures).items():
+            console.print(f"{name}: perplexity, ours by the original's, mean of the seeds: {ratio:.4f}")
+    return {"releases": {release.address: release.commit for release in RELEASES.values()}, "seeds": figures}
+
+
+def measure_seed(root, console, names, sources, directory, tokens, held_out):
+    """The figures of each setting in `names`, calibrated with `tokens`."""
+    log = root / "outputs" / "benchmarks" / "originals.log"
     with tempfile.TemporaryDirectory() as temporary:
         scratch = Path(temporary)
         files = {"--model": directory, "--tokens": scratch / "tokens.npy", "--held-out": scratch / "held_out.npy"}
-        tokens = calibration_windows(
-            Corpus.parse("lambada"), tokenizer, samples=WINDOWS, sequence_length=LENGTH, seed=SEED
-        )
         np.save(files["--tokens"], tokens)
-        held_out = evaluation_windows(
-            Corpus.parse("boolq-passages"), tokenizer, sequence_length=HELD_OUT_LENGTH, max_windows=HELD_OUT_WINDOWS
-        )
         np.save(files["--held-out"], held_out)
         weights, hessians = first_block(directory, tokens)
 
@@ -62,16 +76,19 @@ def measure(root, sources, only=()):
             return read_side(out, weights, hessians)
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            pending = {
-                (name, label): pool.submit(run, name, label)
-                for name in SETTINGS
-                if not only or name in only
-                for label in SIDES
-            }
+            pending = {(name, label): pool.submit(run, name, label) for name in names for label in SIDES}
             sides = {key: future.result() for key, future in pending.items()}
-    figures = {name: compare(*(sides[name, label] for label in SIDES)) for name, label in sides if label == "ours"}
-    show(console, figures)
-    return {"releases": {release.address: release.commit for release in RELEASES.values()}, "settings": figures}
+    return {name: compare(*(sides[name, label] for label in SIDES)) for name in names}
+
+
+def mean_ratios(figures):
+    """Of each setting with perplexities, the mean over seeds of ours divided by the original's."""
+    first = next(iter(figures.values()))
+    return {
+        name: fmean(found[name]["ours"] / found[name]["perplexity"] for found in figures.values())
+        for name in first
+        if first[name]["perplexity"]
+    }
 
 
 def first_block(directory, tokens):
@@ -125,8 +142,8 @@ def compare(original, ours, exact):
     return figures
 
 
-def show(console, figures):
-    table = Table(title="the released code and ours, SmolLM2-135M")
+def show(console, figures, title):
+    table = Table(title=title)
     for heading in (
         "",
         "original",

@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from orchestrator.scheme import parse_scheme
-from tests.benchmarks.bench_originals import compare, quadratic
+from tests.benchmarks.bench_originals import compare, mean_ratios, quadratic
 from tests.benchmarks.originals import methods
 from tests.benchmarks.originals.layers import first_inputs, heard, walk
 from tests.benchmarks.originals.releases import RELEASES, check
@@ -41,6 +41,15 @@ def test_ratios_are_ours_by_the_originals_and_choices_are_counted():
     assert found["error_ratios"] == {"mlp.up_proj": pytest.approx(1.2)}
     assert found["float32_error_ratios"] == {"mlp.up_proj": 1.0}
     assert (found["choices_equal"], found["float32_choices_equal"]) == ([2, 3], [3, 3])
+
+
+def test_seeds_are_put_together_by_the_mean_of_their_ratios():
+    of_one_block = {"perplexity": None, "ours": None}
+    figures = {
+        0: {"GPTQ W3": {"perplexity": 40.0, "ours": 42.0}, "GPTQ W3, first block": of_one_block},
+        1: {"GPTQ W3": {"perplexity": 50.0, "ours": 47.5}, "GPTQ W3, first block": of_one_block},
+    }
+    assert mean_ratios(figures) == {"GPTQ W3": pytest.approx(1.0)}
 
 
 def test_the_walk_hands_on_what_quantized_layers_put_out_and_tells_what_the_float_ones_did():
