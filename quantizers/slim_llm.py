@@ -33,10 +33,9 @@ _SALIENT_DEVIATIONS = 2.0
 class SlimLlm(Method):
     """SliM-LLM's options.
 
-    What the released code does besides its options here is not reproduced under any preset: it ranks the groups twice,
-    without the relative damping to choose how many change, and with it to choose which; it keeps the weights of inputs
-    that were always zero; a 1-bit weight equal to the mean decodes to the mean, a third level; and a smaller last group
-    may change its bits, so that the average is no longer the grid's.
+    What the released code does besides its options here is not reproduced under any preset: it keeps the weights of
+    inputs that were always zero; a 1-bit weight equal to the mean decodes to the mean, a third level; and a smaller
+    last group may change its bits, so that the average is no longer the grid's.
 
     Args:
         damping: fraction of the mean Hessian diagonal added to the diagonal.
@@ -48,6 +47,8 @@ class SlimLlm(Method):
         block_size: columns whose corrections are applied to the rest of the matrix at once; speed only.
         bit_allocation: otherwise every group has the bits of the grid.
         allocation_tokens: about how many calibration tokens bits are allocated by; 0 is all of them, as released.
+        damped_count: groups are ranked once, by the damped Hessian. The released code ranks them twice: how many
+            change is chosen with `absolute_damping` alone, and those are then picked with `damping` too.
         include_uniform: equal bits are one of the allocations tried; the released code always changes some groups
             where it can (from 4 groups on).
         bias_in_allocation: compare outputs with the bias on both sides; as released, only the float side has it.
@@ -68,6 +69,7 @@ class SlimLlm(Method):
     block_size: int = 128
     bit_allocation: bool = True
     allocation_tokens: int = 4096
+    damped_count: bool = True
     include_uniform: bool = True
     bias_in_allocation: bool = True
     probability_floor: float = 0.0
@@ -78,7 +80,7 @@ class SlimLlm(Method):
     stale_symmetry: bool = False
 
     name: ClassVar[str] = "slim_llm"
-    code_version: ClassVar[str] = "slim_llm/2"
+    code_version: ClassVar[str] = "slim_llm/3"
     encoding: ClassVar[str] = MixedWeight.encoding
     weight_bits: ClassVar[tuple[int, ...]] = (2, 3, 4, 5, 6, 7)
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
@@ -86,6 +88,7 @@ class SlimLlm(Method):
             "allocation_tokens": 4096,
             "true_sequential": True,
             "absolute_damping": 0.0,
+            "damped_count": True,
             "include_uniform": True,
             "bias_in_allocation": True,
             "probability_floor": 0.0,
@@ -96,6 +99,7 @@ class SlimLlm(Method):
             "allocation_tokens": 0,
             "true_sequential": False,
             "absolute_damping": 0.01,
+            "damped_count": False,
             "include_uniform": False,
             "bias_in_allocation": False,
             "probability_floor": 1e-6,
@@ -153,21 +157,30 @@ class SlimLlm(Method):
         if self.absolute_damping:
             hessian_II = hessian_II + self.absolute_damping * torch.eye(len(unseen), device=hessian_II.device)
         inverse_UII, damping = inverse_cholesky(hessian_II, self.damping, self.factorization)
+        counting_I = inverse_UII.diagonal()
+        if self.bit_allocation and not self.damped_count:
+            counting_I = inverse_cholesky(hessian_II, 0.0, self.factorization)[0].diagonal()
         weights = [
-            slim_llm(weight.masked_fill(unseen, 0.0), bias, inverse_UII, group.statistics.sample_TI, self)
+            slim_llm(weight.masked_fill(unseen, 0.0), bias, inverse_UII, counting_I, group.statistics.sample_TI, self)
             for weight, bias in zip(group.weights, group.biases, strict=True)
         ]
         return MethodOutcome(weights=weights, damping=damping)
 
 
 def slim_llm(
-    weight_OI: Tensor, bias_O: Tensor | None, inverse_UII: Tensor, sample_TI: Tensor | None, options: SlimLlm
+    weight_OI: Tensor,
+    bias_O: Tensor | None,
+    inverse_UII: Tensor,
+    counting_I: Tensor,
+    sample_TI: Tensor | None,
+    options: SlimLlm,
 ) -> MixedWeight:
     """Quantize one matrix.
 
     Args:
         weight_OI: finite float32 weights; not modified.
         inverse_UII: float32 upper Cholesky factor of the damped inverse Hessian, see `linalg.inverse_cholesky`.
+        counting_I: the diagonal of such a factor, by which groups are ranked where their number is chosen.
         sample_TI: float32 inputs of some tokens; None where bits are not allocated.
     Raises:
         QuantizationError: a scale overflows `grid.scale_dtype`.
@@ -179,10 +192,9 @@ def slim_llm(
     if options.bit_allocation:
         if sample_TI is None:
             raise AssertionError("SliM-LLM allocates bits by a sample of its inputs")
-        ranking = rank_groups(weight_OI, diagonal_I, size)
-        errors = allocation_errors(weight_OI, bias_O, sample_TI, ranking, options)
+        errors = allocation_errors(weight_OI, bias_O, sample_TI, rank_groups(weight_OI, counting_I, size), options)
         num_pairs = min(errors, key=lambda count: errors[count])  # of equals the one that changes least
-        group_bits = allocated_bits(ranking, num_pairs, group_bits)
+        group_bits = allocated_bits(rank_groups(weight_OI, diagonal_I, size), num_pairs, group_bits)
 
     work_IO = weight_OI.T.contiguous()
     codes_IO = torch.empty_like(work_IO)

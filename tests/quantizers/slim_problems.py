@@ -58,14 +58,14 @@ class Problem:
 
     def errors(self, method, bias=True):
         weight = self.weight.masked_fill(self.hessian.diagonal() == 0, 0.0)
-        ranking = rank_groups(weight, self.diagonal(method), method.grid.group_size)
+        diagonal = self.diagonal(method, None if method.damped_count else 0.0)
+        ranking = rank_groups(weight, diagonal, method.grid.group_size)
         return allocation_errors(weight, self.bias if bias else None, self.sample, ranking, method)
 
-    def diagonal(self, method):
+    def diagonal(self, method, damping=None):
         unseen = (self.hessian.diagonal() == 0).float()
-        return inverse_cholesky(self.hessian + torch.diag(unseen + method.absolute_damping), method.damping)[
-            0
-        ].diagonal()
+        hessian = self.hessian + torch.diag(unseen + method.absolute_damping)
+        return inverse_cholesky(hessian, method.damping if damping is None else damping)[0].diagonal()
 
 
 def problem(seed, rows=8, columns=72, *, tokens=24, spread=1.0, dead=()):

@@ -80,6 +80,31 @@ def to_nearest(weight, grid):
     return decode(encode(weight, scale, zero, grid), scale, zero)
 
 
+def test_number_and_choice_of_groups_may_follow_two_rankings():
+    """As released: how many change is chosen by the ranking without `damping`, and which by the one with it."""
+    told_apart = 0
+    for seed in range(12):
+        linear = problem(seed, columns=96)
+        method = options(3, preset="as_published", search_steps=1, damping=1.0)
+        once = dataclasses.replace(method, damped_count=True)
+        chosen = linear.quantize(method).group_bits
+        assert list(chosen) == linear.slowly(method).bits
+        errors = linear.errors(method)
+        pairs = min(errors, key=errors.get)
+        assert chosen == allocated_bits(rank_groups(linear.weight, linear.diagonal(method), 8), pairs, [3] * 12)
+        told_apart += chosen != linear.quantize(once).group_bits
+    assert told_apart >= 2
+
+
+def test_undamped_count_needs_no_hessian_of_full_rank():
+    linear = problem(0, columns=96)
+    linear.sample = linear.sample[:10].contiguous()
+    linear.hessian = (linear.sample.T @ linear.sample).contiguous()
+    outcome = linear.outcome(options(3, damped_count=False, search_steps=1))
+    assert outcome.damping == 0.01
+    assert set(outcome.weights[0].group_bits) <= {2, 3, 4}
+
+
 def test_uniform_is_left_out_as_published():
     linear = problem(1, columns=96)
     with_uniform, without = (linear.errors(options(3, include_uniform=on)) for on in (True, False))

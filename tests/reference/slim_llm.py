@@ -31,6 +31,7 @@ class Settings:
     damping: float = 0.01
     absolute_damping: float = 0.0
     bit_allocation: bool = True
+    damped_count: bool = True
     include_uniform: bool = True
     bias_in_allocation: bool = True
     probability_floor: float = 0.0
@@ -62,6 +63,7 @@ def quantize(weight: Matrix, bias: Matrix | None, hessian: Matrix, sample: Matri
             hessian[column, column] = 1.0
             weight[:, column] = 0.0
         hessian[column, column] += settings.absolute_damping
+    undamped = hessian.copy()
     hessian += settings.damping * np.mean(hessian.diagonal()) * np.eye(columns)
     inverse = np.linalg.inv(hessian)
     pivots = pivots_of(inverse)
@@ -71,7 +73,8 @@ def quantize(weight: Matrix, bias: Matrix | None, hessian: Matrix, sample: Matri
     bits = [settings.bits] * len(groups)
     if settings.bit_allocation:
         order = ranking(weight, pivots, groups)
-        errors = allocation_errors(weight, bias, sample.astype(np.float64), order, groups, settings)
+        counting = order if settings.damped_count else ranking(weight, pivots_of(np.linalg.inv(undamped)), groups)
+        errors = allocation_errors(weight, bias, sample.astype(np.float64), counting, groups, settings)
         best = min(errors, key=lambda count: (errors[count], count))
         bits = allocation(order, best, len(groups), settings.bits)
 
