@@ -1,8 +1,9 @@
 """Every method with `preset: as_published` beside the code that its authors released, on the same model and tokens.
 
 Perplexity of the whole model, and of each linear of the first block tr((W-Q) H (W-Q)^T) / tr(W H W^T) with H from the
-float32 model's inputs, rescalings undone. The releases are no part of this repository: `--sources` is a folder of their
-clones. Sides and settings run in processes of their own, as many at once as there are cores: nothing here is timed.
+float32 model's inputs, rescalings undone. Of methods that go linear by linear the same of every linear, with ours on
+the inputs that the release's code sees there. The releases are no part of this repository: `--sources` is a folder of
+their clones. Sides and settings run in processes of their own, as many at once as there are cores: nothing is timed.
 """
 
 import json
@@ -135,6 +136,7 @@ def compare(original, ours, exact):
 
     figures = {"perplexity": original["perplexity"], "ours": ours["perplexity"]}
     figures |= {"error_ratios": ratios(ours), "float32_error_ratios": ratios(exact), "errors": original["errors"]}
+    figures["in_step"] = original["in_step"]
     for label, side in (("choices_equal", ours), ("float32_choices_equal", exact)):
         # Those of the first block come first, and ours in float32 has no others.
         pairs = list(zip(original["choices"], side["choices"], strict=False))
@@ -169,4 +171,19 @@ def show(console, figures, title):
             for label in ("choices_equal", "float32_choices_equal")
         )
         table.add_row(name, *perplexities, *spans, *counts)
+    console.print(table)
+    show_in_step(console, figures)
+
+
+def show_in_step(console, figures):
+    table = Table(title="ours on the inputs that the released code sees, float32: errors by the original's")
+    for heading in ("", "linears", "mean", "least to largest", "within 2%", "weights equal"):
+        table.add_column(heading, justify="right")
+    for name, found in figures.items():
+        if found["in_step"]:
+            ratios = [each["ratio"] for each in found["in_step"]]
+            near = sum(abs(ratio - 1) <= 0.02 for ratio in ratios)
+            span = f"{min(ratios):.4f} to {max(ratios):.4f}"
+            equal = fmean(each["equal"] for each in found["in_step"])
+            table.add_row(name, str(len(ratios)), f"{fmean(ratios):.4f}", span, str(near), f"{equal:.2%}")
     console.print(table)

@@ -9,9 +9,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from orchestrator.scheme import parse_scheme
 from tests.benchmarks.bench_originals import compare, mean_ratios, quadratic
 from tests.benchmarks.originals import methods
-from tests.benchmarks.originals.layers import first_inputs, heard, walk
+from tests.benchmarks.originals.in_step import SHARING, InStep
+from tests.benchmarks.originals.layers import ALL_AT_ONCE, TRUE_SEQUENTIAL, first_inputs, heard, walk
 from tests.benchmarks.originals.releases import RELEASES, check
-from tests.benchmarks.originals.settings import SETTINGS
+from tests.benchmarks.originals.settings import IN_STEP, SETTINGS
 
 
 def test_every_setting_has_a_function_a_release_and_a_scheme_of_ours():
@@ -35,7 +36,7 @@ def test_the_error_of_a_linear_is_that_of_its_outputs():
 
 def test_ratios_are_ours_by_the_originals_and_choices_are_counted():
     def side(error, choices):
-        return {"perplexity": 20.0, "errors": {"mlp.up_proj": error}, "choices": choices}
+        return {"perplexity": 20.0, "errors": {"mlp.up_proj": error}, "choices": choices, "in_step": []}
 
     found = compare(side(0.5, [1, 2, 3]), side(0.6, [1, 2, 4]), side(0.5, [1, 2, 3]))
     assert found["error_ratios"] == {"mlp.up_proj": pytest.approx(1.2)}
@@ -78,3 +79,40 @@ def test_the_walk_hands_on_what_quantized_layers_put_out_and_tells_what_the_floa
     torch.testing.assert_close(stages[2].float_inputs[1], of_float)
     torch.testing.assert_close(seen[5], of_quantized)  # two windows a stage: the second one's of the third stage
     assert not torch.allclose(of_float, of_quantized)
+
+
+@pytest.mark.parametrize("function", IN_STEP)
+def test_in_step_a_method_is_compared_with_a_release_on_its_inputs(function):
+    """The release here is ours in another place, and one of its linears is then rounded worse."""
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "vocab_size": 16}
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=2, **shape)).eval()
+    windows = torch.randint(16, (3, 8))
+    setting = next(each for each in SETTINGS.values() if each.function == function)
+    scheme = dict(setting.scheme) | {"scale_dtype": "float32"}
+    if scheme["weight_bits"] > 1:
+        scheme["group_size"] = 16
+    method = parse_scheme(scheme, "test").build()
+    stages = ALL_AT_ONCE if function in ("billm", "slim_llm") else TRUE_SEQUENTIAL
+    theirs, ours = InStep(method), InStep(method)
+
+    def quantize(stage):
+        made = {}
+        for names in (each for each in SHARING if each[0] in stage.linears):
+            made |= theirs.quantize({name: stage.linears[name] for name in names}, stage)
+        for name, (_, _, quantized) in made.items():
+            stage.linears[name].weight.data = quantized.clone()
+        if stage.layer == 1 and "mlp.up_proj" in stage.linears:
+            weight, _, quantized = made["mlp.up_proj"]
+            stage.linears["mlp.up_proj"].weight.data[3] = 2 * quantized[3] - weight[3]
+
+    with torch.no_grad():
+        walk(model, windows, stages, quantize, blocks=2, watch=ours.watch, float_inputs=function == "gptaq")
+    found = {(each["layer"], each["linear"]): each for each in ours.records}
+    assert len(found) == 14
+    worse = found.pop((1, "mlp.up_proj"))
+    assert worse["ratio"] < 0.99
+    assert worse["equal"] == pytest.approx(1 - 1 / 96, abs=1e-6)
+    for each in found.values():
+        assert each["ratio"] == pytest.approx(1, abs=1e-9)
+        assert each["equal"] == 1

@@ -1,7 +1,7 @@
 """The loop over decoder layers that every release has in a form of its own, for today's transformers."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -77,13 +77,14 @@ def heard(linears: dict[str, nn.Linear], listen: Callable[[str, Tensor, Tensor],
         handle.remove()
 
 
-def walk(model, windows, stages, quantize, *, blocks, float_inputs=False):
+def walk(model, windows, stages, quantize, *, blocks, watch=None, float_inputs=False):
     """Quantize layer by layer, each on what the quantized ones before it put out.
 
     Args:
         windows: int64 [windows, tokens].
         quantize: called with every `Stage`; changes its linears' weights in place.
         blocks: how many layers; the others stay as they are.
+        watch: of a `Stage`, makes what `quantize` runs within; see `in_step.py`.
     """
     states, arguments = first_inputs(model, windows[:, None])
     floats = list(states)
@@ -100,7 +101,9 @@ def walk(model, windows, stages, quantize, *, blocks, float_inputs=False):
 
         for names in stages:
             linears = {name: layer.get_submodule(name) for name in names}
-            quantize(Stage(layer=index, linears=linears, run=run, float_inputs=seen[names[0]]))
+            stage = Stage(layer=index, linears=linears, run=run, float_inputs=seen[names[0]])
+            with watch(stage) if watch else nullcontext():
+                quantize(stage)
         states = [layer(state, **arguments) for state in states]
         print(f"layer {index + 1} of {blocks}", flush=True)
 

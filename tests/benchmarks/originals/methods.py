@@ -2,6 +2,7 @@
 
 Every function takes the model, int64 windows [windows, tokens], how many layers, and its settings; it returns the first
 layer's weights as they act on the float model's inputs (rescalings undone), and what was chosen, where that is counted.
+Where a method goes linear by linear, `watch` sees each stage; see `in_step.py`.
 """
 
 from tests.benchmarks.originals.layers import (
@@ -41,7 +42,7 @@ def rtn_awq(model, windows, blocks, *, bits, group_size):
     return first_layer_weights(model), []
 
 
-def gptq(model, windows, blocks, *, bits, group_size, act_order, static_groups):
+def gptq(model, windows, blocks, *, watch=None, bits, group_size, act_order, static_groups):
     from gptq import GPTQ
     from quant import Quantizer
 
@@ -56,11 +57,11 @@ def gptq(model, windows, blocks, *, bits, group_size, act_order, static_groups):
             solver.fasterquant(groupsize=group_size, actorder=act_order, static_groups=static_groups)
             solver.free()
 
-    walk(model, windows, TRUE_SEQUENTIAL, quantize, blocks=blocks)
+    walk(model, windows, TRUE_SEQUENTIAL, quantize, blocks=blocks, watch=watch)
     return first_layer_weights(model), []
 
 
-def gptaq(model, windows, blocks, *, bits, group_size, symmetric):
+def gptaq(model, windows, blocks, *, watch=None, bits, group_size, symmetric):
     import transformers.models.falcon.modeling_falcon  # noqa: F401, the release's default arguments name it
     from gptaq_utils import GPTAQ
     from quant_utils import WeightQuantizer
@@ -82,11 +83,11 @@ def gptaq(model, windows, blocks, *, bits, group_size, symmetric):
         for solver in solvers.values():
             solver.free()
 
-    walk(model, windows, TRUE_SEQUENTIAL, quantize, blocks=blocks, float_inputs=True)
+    walk(model, windows, TRUE_SEQUENTIAL, quantize, blocks=blocks, watch=watch, float_inputs=True)
     return first_layer_weights(model), []
 
 
-def billm(model, windows, blocks):
+def billm(model, windows, blocks, *, watch=None):
     import bigptq
     from binary import Binarization
 
@@ -111,11 +112,11 @@ def billm(model, windows, blocks):
             solver.fasterquant(blocksize=128)
             solver.free()
 
-    walk(model, windows, ALL_AT_ONCE, quantize, blocks=blocks)
+    walk(model, windows, ALL_AT_ONCE, quantize, blocks=blocks, watch=watch)
     return first_layer_weights(model), salient
 
 
-def slim_llm(model, windows, blocks, *, bits, group_size):
+def slim_llm(model, windows, blocks, *, watch=None, bits, group_size):
     from slim_gptq import SliMGPTQ
     from utils.mixed_quantizer import Quantizer
 
@@ -137,7 +138,7 @@ def slim_llm(model, windows, blocks, *, bits, group_size):
             chosen.extend(precision)
             solver.free()
 
-    walk(model, windows, ALL_AT_ONCE, quantize, blocks=blocks)
+    walk(model, windows, ALL_AT_ONCE, quantize, blocks=blocks, watch=watch)
     return first_layer_weights(model), chosen
 
 

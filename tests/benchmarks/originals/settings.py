@@ -7,6 +7,8 @@ from typing import Any
 ALL_BLOCKS = 30
 W4_G64 = {"weight_bits": 4, "group_size": 64}
 AS_PUBLISHED = {"preset": "as_published"}
+# Functions of methods.py that go linear by linear, so that ours can be given the same inputs; see in_step.py.
+IN_STEP = ("gptq", "gptaq", "billm", "slim_llm")
 GPTQ_SCRIPT = {"act_order": True, "static_groups": True}
 
 
@@ -92,6 +94,7 @@ SETTINGS = {
     "SmoothQuant W8A8": _smoothquant(ALL_BLOCKS, "bfloat16"),
     "SliM-LLM W2, 3 blocks": _slim_llm(2, 3),
     "SliM-LLM W3": _slim_llm(3, ALL_BLOCKS),
+    "SliM-LLM W4": _slim_llm(4, ALL_BLOCKS),
     "BiLLM": Setting(
         release="BiLLM",
         function="billm",

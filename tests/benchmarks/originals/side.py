@@ -1,7 +1,7 @@
 """One side of a setting, in a process of its own: `original` or `ours`.
 
-Writes `result.json` (perplexity, choices) and `first.safetensors`, the first block's weights as they act on the float
-model's inputs.
+Writes `result.json` (perplexity, choices, and with an original our method in step with it) and `first.safetensors`,
+the first block's weights as they act on the float model's inputs.
 """
 
 import argparse
@@ -9,23 +9,29 @@ import json
 from pathlib import Path
 
 from tests.benchmarks.originals.layers import ALL_AT_ONCE, torch_windows
-from tests.benchmarks.originals.settings import SETTINGS
+from tests.benchmarks.originals.settings import IN_STEP, SETTINGS
+
+FLOAT32_SCALES = {"scale_dtype": "float32"}
 
 
 def original(setting, args):
     import torch
     from transformers import AutoModelForCausalLM
 
+    from orchestrator.scheme import parse_scheme
     from tests.benchmarks.originals import methods
+    from tests.benchmarks.originals.in_step import InStep
     from tests.benchmarks.originals.releases import make_importable
 
+    ours = InStep(parse_scheme(setting.scheme | FLOAT32_SCALES, "benchmark").build())
+    watched = {"watch": ours.watch} if setting.function in IN_STEP else {}
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, setting.dtype)).eval()
     make_importable(args.sources, setting.release)
     with torch.no_grad():
         weights, choices = getattr(methods, setting.function)(
-            model, torch_windows(args.tokens)[: setting.windows], setting.blocks, **setting.given
+            model, torch_windows(args.tokens)[: setting.windows], setting.blocks, **watched, **setting.given
         )
-        return _perplexity(model, setting, args), weights, choices
+        return _perplexity(model, setting, args), weights, choices, ours.records
 
 
 def ours(setting, args):
@@ -44,7 +50,7 @@ def ours(setting, args):
 
     model, scheme = load_model(args.model), dict(setting.scheme)
     if args.float32:
-        model, scheme = model.float(), scheme | {"scale_dtype": "float32"}
+        model, scheme = model.float(), scheme | FLOAT32_SCALES
     windows = torch_windows(args.tokens)[: setting.windows]
     with fast_products("cpu"):
         made = quantize_blocks(InMemory(model), parse_scheme(scheme, "benchmark").build(), windows)
@@ -56,9 +62,9 @@ def ours(setting, args):
         )
         weights[linear.name.removeprefix("model.layers.0.")] = restored.decode().contiguous()
     if args.float32:
-        return None, weights, _choices(blocks)
+        return None, weights, _choices(blocks), []
     with torch.inference_mode(), ours_installed(model, blocks):
-        return _perplexity(model, setting, args), weights, _choices(blocks)
+        return _perplexity(model, setting, args), weights, _choices(blocks), []
 
 
 def _perplexity(model, setting, args):
@@ -103,10 +109,12 @@ def main():
     args = parser.parse_args()
     torch.set_num_threads(1)
     run = {"original": original, "ours": ours}[args.side]
-    perplexity, weights, choices = run(SETTINGS[args.setting], args)
+    perplexity, weights, choices, in_step = run(SETTINGS[args.setting], args)
     args.out.mkdir(parents=True)
     save_file({name: weight.detach().contiguous() for name, weight in weights.items()}, args.out / "first.safetensors")
-    (args.out / "result.json").write_text(json.dumps({"perplexity": perplexity, "choices": choices}))
+    (args.out / "result.json").write_text(
+        json.dumps({"perplexity": perplexity, "choices": choices, "in_step": in_step})
+    )
 
 
 if __name__ == "__main__":
