@@ -48,7 +48,8 @@ class SlimLlm(Method):
         bit_allocation: otherwise every group has the bits of the grid.
         allocation_tokens: about how many calibration tokens bits are allocated by; 0 is all of them, as released.
         damped_count: groups are ranked once, by the damped Hessian. The released code ranks them twice: how many
-            change is chosen with `absolute_damping` alone, and those are then picked with `damping` too.
+            change is chosen with `absolute_damping` alone, and those are then picked with `damping` too. A Hessian
+            that cannot be factorized so is damped for the first ranking by the ladder of `linalg`.
         include_uniform: equal bits are one of the allocations tried; the released code always changes some groups
             where it can (from 4 groups on).
         bias_in_allocation: compare outputs with the bias on both sides; as released, only the float side has it.
