@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from quantizers.errors import QuantizationError
+from quantizers.errors import NumericalError, QuantizationError
 from quantizers.gptq import quantize_columns
 from quantizers.grid import PER_CHANNEL, SCALE_DTYPES, Grid, decode, encode, fit_group, stored_scale
 from quantizers.linalg import check_factorization, inverse_cholesky, without_unseen
@@ -48,8 +48,7 @@ class SlimLlm(Method):
         bit_allocation: otherwise every group has the bits of the grid.
         allocation_tokens: about how many calibration tokens bits are allocated by; 0 is all of them, as released.
         damped_count: groups are ranked once, by the damped Hessian. The released code ranks them twice: how many
-            change is chosen with `absolute_damping` alone, and those are then picked with `damping` too. A Hessian
-            that cannot be factorized so is damped for the first ranking by the ladder of `linalg`.
+            change is chosen with `absolute_damping` alone, and those are then picked with `damping` too.
         include_uniform: equal bits are one of the allocations tried; the released code always changes some groups
             where it can (from 4 groups on).
         bias_in_allocation: compare outputs with the bias on both sides; as released, only the float side has it.
@@ -150,7 +149,8 @@ class SlimLlm(Method):
         """Quantize linears that share an input: one factorization, and bits for each linear by itself.
 
         Raises:
-            QuantizationError: the Hessian cannot be factorized, or a scale overflows.
+            NumericalError: the Hessian cannot be factorized, with `damped_count` off by its absolute damping alone.
+            QuantizationError: a scale overflows.
         """
         if group.statistics is None:
             raise AssertionError("SliM-LLM needs the statistics of its inputs")
@@ -160,7 +160,13 @@ class SlimLlm(Method):
         inverse_UII, damping = inverse_cholesky(hessian_II, self.damping, self.factorization)
         counting_I = inverse_UII.diagonal()
         if self.bit_allocation and not self.damped_count:
-            counting_I = inverse_cholesky(hessian_II, 0.0, self.factorization)[0].diagonal()
+            counting_UII, added = inverse_cholesky(hessian_II, 0.0, self.factorization)
+            if added:
+                raise NumericalError(
+                    f"the Hessian is not positive definite with options.absolute_damping = {self.absolute_damping} "
+                    "alone, by which groups are ranked first; raise it, or set options.damped_count: true"
+                )
+            counting_I = counting_UII.diagonal()
         weights = [
             slim_llm(weight.masked_fill(unseen, 0.0), bias, inverse_UII, counting_I, group.statistics.sample_TI, self)
             for weight, bias in zip(group.weights, group.biases, strict=True)

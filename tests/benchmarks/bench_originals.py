@@ -118,16 +118,13 @@ def read_side(out, weights, hessians):
     """A side's `result.json`, with the relative output error of each linear of the first block."""
     from safetensors.torch import load_file
 
+    from quantizers.linalg import quadratic_form
+
     errors = {}
     for name, quantized in load_file(out / "first.safetensors").items():
         difference, hessian = weights[name] - quantized.double(), hessians[name]
-        errors[name] = (quadratic(difference, hessian) / quadratic(weights[name], hessian)).item()
+        errors[name] = (quadratic_form(difference, hessian) / quadratic_form(weights[name], hessian)).item()
     return json.loads((out / "result.json").read_text()) | {"errors": errors}
-
-
-def quadratic(weight, hessian):
-    """tr(W H W^T)."""
-    return ((weight @ hessian) * weight).sum()
 
 
 def compare(original, ours, exact):

@@ -7,9 +7,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from orchestrator.scheme import parse_scheme
-from tests.benchmarks.bench_originals import compare, mean_ratios, quadratic
+from quantizers.families import FAMILIES
+from tests.benchmarks.bench_originals import compare, mean_ratios
 from tests.benchmarks.originals import methods
-from tests.benchmarks.originals.in_step import SHARING, InStep
+from tests.benchmarks.originals.in_step import InStep
 from tests.benchmarks.originals.layers import ALL_AT_ONCE, TRUE_SEQUENTIAL, first_inputs, heard, walk
 from tests.benchmarks.originals.releases import RELEASES, check
 from tests.benchmarks.originals.settings import IN_STEP, SETTINGS
@@ -26,12 +27,6 @@ def test_a_clone_at_another_commit_is_refused_with_the_command_that_makes_it(tmp
     subprocess.run(["git", "init", "-q", tmp_path / "gptq"], check=True)
     with pytest.raises(SystemExit, match=r"git clone https://github.com/IST-DASLab/gptq .* checkout 2d65066"):
         check(tmp_path)
-
-
-def test_the_error_of_a_linear_is_that_of_its_outputs():
-    generator = torch.Generator().manual_seed(0)
-    weight, inputs = torch.randn(3, 5, generator=generator), torch.randn(5, 20, generator=generator)
-    torch.testing.assert_close(quadratic(weight, inputs @ inputs.T), (weight @ inputs).square().sum())
 
 
 def test_ratios_are_ours_by_the_originals_and_choices_are_counted():
@@ -98,7 +93,7 @@ def test_in_step_a_method_is_compared_with_a_release_on_its_inputs(function):
 
     def quantize(stage):
         made = {}
-        for names in (each for each in SHARING if each[0] in stage.linears):
+        for names in (each for each in FAMILIES["llama"].stages if each[0] in stage.linears):
             made |= theirs.quantize({name: stage.linears[name] for name in names}, stage)
         for name, (_, _, quantized) in made.items():
             stage.linears[name].weight.data = quantized.clone()

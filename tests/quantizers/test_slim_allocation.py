@@ -6,6 +6,7 @@ import itertools
 import pytest
 import torch
 
+from quantizers.errors import NumericalError
 from quantizers.grid import decode, encode, fit_group
 from quantizers.slim_llm import allocated_bits, rank_groups
 from tests.quantizers.slim_problems import PRESETS, Problem, options, problem
@@ -96,13 +97,15 @@ def test_number_and_choice_of_groups_may_follow_two_rankings():
     assert told_apart >= 2
 
 
-def test_undamped_count_needs_no_hessian_of_full_rank():
+def test_a_hessian_that_the_absolute_damping_cannot_mend_is_refused():
     linear = problem(0, columns=96)
-    linear.sample = linear.sample[:10].contiguous()
-    linear.hessian = (linear.sample.T @ linear.sample).contiguous()
-    outcome = linear.outcome(options(3, damped_count=False, search_steps=1))
-    assert outcome.damping == 0.01
-    assert set(outcome.weights[0].group_bits) <= {2, 3, 4}
+    linear.hessian = linear.sample[:10].T @ linear.sample[:10]
+    for fields in ({"damped_count": True}, {"absolute_damping": 0.01}):
+        assert linear.outcome(options(3, search_steps=1, **{"damped_count": False} | fields)).damping == 0.01
+    with pytest.raises(
+        NumericalError, match=r"options\.absolute_damping = 0\.0 alone.*set options\.damped_count: true"
+    ):
+        linear.outcome(options(3, damped_count=False))
 
 
 def test_uniform_is_left_out_as_published():

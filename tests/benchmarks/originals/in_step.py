@@ -11,13 +11,6 @@ import torch
 
 from tests.benchmarks.originals.layers import Stage, heard
 
-# Linears that share their input, in our order.
-SHARING = (
-    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    ("self_attn.o_proj",),
-    ("mlp.gate_proj", "mlp.up_proj"),
-    ("mlp.down_proj",),
-)
 _NEAR = 1e-4
 
 
@@ -35,18 +28,23 @@ class InStep:
     @contextmanager
     def watch(self, stage: Stage) -> Iterator[None]:
         """Quantize the linears of a stage as well, and compare with what the release has put in their place."""
+        from quantizers.families import FAMILIES
+        from quantizers.linalg import quadratic_form
+
         made = {}
-        for names in SHARING:
+        for names in FAMILIES["llama"].stages:
             linears = {name: stage.linears[name] for name in names if name in stage.linears}
             if linears:
                 made |= self.quantize(linears, stage)
         yield
         for name, (weight, hessian, ours) in made.items():
             theirs = stage.linears[name].weight.detach()
-            ratio = output_error(weight - ours, hessian) / output_error(weight - theirs, hessian)
+            found, expected = (
+                quadratic_form((weight - each).double(), hessian.double()).item() for each in (ours, theirs)
+            )
             near = torch.isclose(ours, theirs, rtol=_NEAR, atol=_NEAR * weight.square().mean().sqrt().item())
             self.records.append(
-                {"layer": stage.layer, "linear": name, "ratio": ratio.item(), "equal": near.double().mean().item()}
+                {"layer": stage.layer, "linear": name, "ratio": found / expected, "equal": near.double().mean().item()}
             )
 
     def quantize(self, linears, stage):
@@ -79,9 +77,3 @@ class InStep:
             name: (weight, statistics.hessian_II, ours.decode())
             for name, weight, ours in zip(group.names, group.weights, quantized, strict=True)
         }
-
-
-def output_error(difference, hessian):
-    """tr(D H D^T) in float64."""
-    difference = difference.double()
-    return ((difference @ hessian.double()) * difference).sum()
